@@ -1,0 +1,34 @@
+"""Antidistillation sampling (arXiv 2504.13146) for llama.cpp: text that serves the user and teaches a student badly."""
+
+from .bundle import Bundle
+from .dose import Dose
+from .errors import (
+    AdlocalError,
+    BundleError,
+    ConversionError,
+    InputError,
+    ModelError,
+    ProxyError,
+    TraceError,
+    VocabularyError,
+)
+from .llama import AntidistillationLlama
+from .pair import ProxyPair
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdlocalError",
+    "AntidistillationLlama",
+    "Bundle",
+    "BundleError",
+    "ConversionError",
+    "Dose",
+    "InputError",
+    "ModelError",
+    "ProxyError",
+    "ProxyPair",
+    "TraceError",
+    "VocabularyError",
+    "__version__",
+]

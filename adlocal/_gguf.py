@@ -1,0 +1,169 @@
+"""Header of a GGUF file, read by llama.cpp's own `gguf_*` functions (ggml/include/gguf.h).
+
+Numbers keep their type and precision here; `llama_model_meta_val_str` would print floats with six decimals.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+from llama_cpp._ctypes_extensions import load_shared_library
+from llama_cpp._logger import llama_log_callback, logger
+
+from .errors import ModelError
+
+# The library that llama-cpp-python has already loaded: opening the same file again gives the same handle.
+_ggml = load_shared_library("ggml-base", Path(llama_cpp.__file__).parent / "lib")
+
+
+class _InitParams(ctypes.Structure):
+    """struct gguf_init_params"""
+
+    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
+
+
+def _function(name: str, restype: Any, *argtypes: Any) -> Any:
+    function = getattr(_ggml, name)
+    function.restype, function.argtypes = restype, argtypes
+    return function
+
+
+_p, _i64, _str = ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p
+_init_from_file = _function("gguf_init_from_file", _p, _str, _InitParams)
+_free = _function("gguf_free", None, _p)
+_get_n_kv = _function("gguf_get_n_kv", _i64, _p)
+_get_key = _function("gguf_get_key", _str, _p, _i64)
+_get_kv_type = _function("gguf_get_kv_type", ctypes.c_int, _p, _i64)
+_get_arr_type = _function("gguf_get_arr_type", ctypes.c_int, _p, _i64)
+_get_arr_n = _function("gguf_get_arr_n", ctypes.c_size_t, _p, _i64)
+_get_arr_data = _function("gguf_get_arr_data", _p, _p, _i64)
+_get_arr_str = _function("gguf_get_arr_str", _str, _p, _i64, ctypes.c_size_t)
+_get_n_tensors = _function("gguf_get_n_tensors", _i64, _p)
+_get_tensor_name = _function("gguf_get_tensor_name", _str, _p, _i64)
+_get_tensor_type = _function("gguf_get_tensor_type", ctypes.c_int, _p, _i64)
+_get_tensor_offset = _function("gguf_get_tensor_offset", ctypes.c_size_t, _p, _i64)
+_get_tensor_size = _function("gguf_get_tensor_size", ctypes.c_size_t, _p, _i64)
+_get_data_offset = _function("gguf_get_data_offset", ctypes.c_size_t, _p)
+
+_STRING, _ARRAY = 8, 9
+# enum gguf_type -> (suffix of gguf_get_val_*, C type)
+_SCALARS: dict[int, tuple[str, Any]] = {
+    0: ("u8", ctypes.c_uint8),
+    1: ("i8", ctypes.c_int8),
+    2: ("u16", ctypes.c_uint16),
+    3: ("i16", ctypes.c_int16),
+    4: ("u32", ctypes.c_uint32),
+    5: ("i32", ctypes.c_int32),
+    6: ("f32", ctypes.c_float),
+    7: ("bool", ctypes.c_bool),
+    10: ("u64", ctypes.c_uint64),
+    11: ("i64", ctypes.c_int64),
+    12: ("f64", ctypes.c_double),
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies in its file: `offset` counts from the start of the file, both figures in bytes."""
+
+    name: str
+    ggml_type: int
+    offset: int
+    n_bytes: int
+
+
+class GGUFHeader:
+    """Metadata keys and tensor table of one GGUF file. The tensors' data is not read.
+
+    Raises:
+        ModelError: the file is missing, is no GGUF, or ends before its last tensor does.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ModelError(f"{self.path}: no such file; give the path of a GGUF file")
+        with captured_log() as log:
+            context = _init_from_file(os.fsencode(self.path), _InitParams(no_alloc=True, ctx=None))
+        if not context:
+            raise ModelError(f"{self.path}: not a readable GGUF file ({last_line(log)}); download or convert it again")
+        try:
+            self.keys = {_get_key(context, i).decode(): i for i in range(_get_n_kv(context))}
+            self._values = {key: _value(context, i) for key, i in self.keys.items() if not key.startswith("tokenizer.")}
+            self.tensors = list(_tensors(context))
+        finally:
+            _free(context)
+        size = self.path.stat().st_size
+        end = max((t.offset + t.n_bytes for t in self.tensors), default=0)
+        if size < end:
+            raise ModelError(f"{self.path}: truncated at {size:,} bytes of {end:,}; download or convert it again")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Value of a metadata key as a Python scalar, string or list. Tokenizer arrays are left out."""
+        return self._values.get(key, default)
+
+
+def _value(context: int, i: int) -> Any:
+    kind = _get_kv_type(context, i)
+    if kind == _STRING:
+        return _function("gguf_get_val_str", _str, _p, _i64)(context, i).decode("utf-8", errors="replace")
+    if kind == _ARRAY:
+        return _array(context, i)
+    suffix, c_type = _SCALARS[kind]
+    return _function(f"gguf_get_val_{suffix}", c_type, _p, _i64)(context, i)
+
+
+def _array(context: int, i: int) -> list[Any]:
+    n, kind = _get_arr_n(context, i), _get_arr_type(context, i)
+    if kind == _STRING:
+        return [_get_arr_str(context, i, j).decode("utf-8", errors="replace") for j in range(n)]
+    if kind not in _SCALARS or n == 0:
+        return []
+    data = ctypes.cast(_get_arr_data(context, i), ctypes.POINTER(_SCALARS[kind][1]))
+    return list(data[:n])
+
+
+def _tensors(context: int) -> Iterator[TensorInfo]:
+    data = _get_data_offset(context)
+    for i in range(_get_n_tensors(context)):
+        yield TensorInfo(
+            name=_get_tensor_name(context, i).decode(),
+            ggml_type=_get_tensor_type(context, i),
+            offset=data + _get_tensor_offset(context, i),
+            n_bytes=_get_tensor_size(context, i),
+        )
+
+
+@contextmanager
+def captured_log() -> Iterator[list[str]]:
+    """Collects what llama.cpp logs as a warning or an error, instead of printing it beside our own message.
+
+    A caller who asked for `verbose` still sees everything.
+    """
+    lines: list[str] = []
+
+    def collect(level: int, text: bytes, _user_data: object) -> None:
+        if level in (2, 3):  # GGML_LOG_LEVEL_WARN, GGML_LOG_LEVEL_ERROR
+            lines.append(text.decode("utf-8", errors="replace").strip())
+        if logger.level == logging.DEBUG:  # what verbose=True sets
+            llama_log_callback(level, text, ctypes.c_void_p(0))
+
+    callback = llama_cpp.llama_log_callback(collect)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    try:
+        yield lines
+    finally:
+        llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
+
+
+def last_line(log: list[str]) -> str:
+    """The most specific thing that llama.cpp said: its first error, without the function's name in front."""
+    return log[0].rpartition(": ")[2] or log[0] if log else "llama.cpp gave no reason"

@@ -1,0 +1,273 @@
+"""`AntidistillationLlama`, a drop-in for `llama_cpp.Llama` that samples under protection."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import llama_cpp
+from llama_cpp.llama import LlamaState
+from llama_cpp.llama_chat_format import Llava15ChatHandler, MTMDChatHandler
+
+from . import adjust
+from ._gguf import GGUFHeader, captured_log, last_line
+from .bundle import DEFAULT_GUARD, Bundle
+from .dose import Dose
+from .errors import InputError, ModelError
+from .lockstep import LockstepContext, Settings
+from .pair import PairState, ProxyPair
+from .vocabulary import shared_vocabulary
+
+
+class ProtectedState(LlamaState):
+    """What `AntidistillationLlama.save_state` returns: the teacher's state, the pair's, and how rows were adjusted."""
+
+    def __init__(self, teacher: LlamaState, pair: PairState, settings: Settings) -> None:
+        self.__dict__.update(teacher.__dict__)
+        self.pair = pair
+        self.settings = settings
+
+
+class AntidistillationLlama(llama_cpp.Llama):
+    """`llama_cpp.Llama` whose logits carry the antidistillation term from the moment they are evaluated.
+
+    Every completion call takes `strength` and `guard` for that call. After it, `last_dose` tells what protection did.
+
+    Example:
+        >>> llm = AntidistillationLlama("teacher.gguf", bundle="bundle/", strength=4.0, n_ctx=2048)
+        >>> llm.create_chat_completion([{"role": "user", "content": "Why is the sky blue?"}], max_tokens=200)
+        >>> llm.last_dose.per_token
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        bundle: str | os.PathLike[str],
+        strength: float = 1.0,
+        guard: float = DEFAULT_GUARD,
+        proxy_n_gpu_layers: int | None = None,
+        proxy_n_threads: int | None = None,
+        proxy_type_k: int | None = None,
+        proxy_type_v: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Loads teacher and pair.
+
+        Args:
+            model_path: the teacher's GGUF.
+            bundle: what `adlocal convert` wrote.
+            strength: typical shift of a plausible token's logit, in nats; 0 is exactly the teacher.
+            guard: tokens under this share of the top token's probability are never lifted; 0 is the paper.
+            proxy_n_gpu_layers, proxy_n_threads, proxy_type_k, proxy_type_v: as for the teacher, which they follow.
+            **kwargs: of `llama_cpp.Llama`.
+
+        Raises:
+            InputError: bundle, teacher or an argument cannot be used; the message says what would help.
+        """
+        settings = Settings(adjust.check_strength(strength), adjust.check_guard(guard))
+        _refuse_unprotectable(kwargs)
+        Bundle.open(bundle)  # before the teacher's weights are read, which can take a while
+        GGUFHeader(model_path)
+        self._protection: dict[str, Any] = {
+            "bundle": bundle,
+            "strength": strength,
+            "guard": guard,
+            "proxy_n_gpu_layers": proxy_n_gpu_layers,
+            "proxy_n_threads": proxy_n_threads,
+            "proxy_type_k": proxy_type_k,
+            "proxy_type_v": proxy_type_v,
+        }
+        # A draft needs a row of scores for every position, not only for the last n_batch.
+        kwargs["logits_all"] = kwargs.get("logits_all", False) or kwargs.get("draft_model") is not None
+        self._load_teacher(model_path, kwargs)
+        self.last_dose = Dose(settings.strength, settings.guard)
+        try:
+            pair = self._open_pair()
+            self._stack.callback(pair.close)
+            n_shared = shared_vocabulary(self._model, pair.plus.model)
+        except BaseException:
+            self.close()
+            raise
+        self._lockstep = LockstepContext(self._ctx, pair, n_shared, settings)
+        self._ctx = self._lockstep  # type: ignore[assignment]  # it offers what Llama asks of a context
+        self.pair = pair
+
+    def _load_teacher(self, model_path: str, kwargs: dict[str, Any]) -> None:
+        try:
+            with captured_log() as log:
+                super().__init__(model_path, **kwargs)
+        except ValueError as error:
+            raise ModelError(f"{model_path}: {error} ({last_line(log)})") from None
+        if llama_cpp.llama_model_has_encoder(self.model) or self._ctx.memory is None:
+            self.close()
+            raise ModelError(f"{model_path}: an embedding or encoder model writes no text; give a decoder-only model")
+
+    def _open_pair(self) -> ProxyPair:
+        own = self._protection
+        layers, threads = own["proxy_n_gpu_layers"], own["proxy_n_threads"]
+        return ProxyPair.open(
+            own["bundle"],
+            n_ctx=self.n_ctx(),
+            n_batch=self.n_batch,
+            n_outputs=self.n_batch if self._logits_all else 1,
+            n_threads=threads or self.n_threads,
+            n_threads_batch=threads or self.n_threads_batch,
+            n_gpu_layers=self.model_params.n_gpu_layers if layers is None else layers,
+            type_k=own["proxy_type_k"],
+            type_v=own["proxy_type_v"],
+            verbose=self.verbose,
+        )
+
+    @property
+    def strength(self) -> float:
+        """Typical shift of a plausible token's logit, in nats. May be set; a call's own `strength` goes before it."""
+        return self._lockstep.settings.strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._lockstep.settings = self._settings(value, None)
+
+    @property
+    def guard(self) -> float:
+        """Share of the top token's probability below which no token is lifted."""
+        return self._lockstep.settings.guard
+
+    @guard.setter
+    def guard(self, value: float) -> None:
+        self._lockstep.settings = self._settings(None, value)
+
+    def create_completion(
+        self, *args: Any, strength: float | None = None, guard: float | None = None, **kwargs: Any
+    ) -> Any:
+        """`llama_cpp.Llama.create_completion` with a `strength` and `guard` for this call."""
+        return self._with(self._settings(strength, guard), super().create_completion, *args, **kwargs)
+
+    def __call__(self, *args: Any, strength: float | None = None, guard: float | None = None, **kwargs: Any) -> Any:
+        """As `create_completion`."""
+        return self.create_completion(*args, strength=strength, guard=guard, **kwargs)
+
+    def create_chat_completion(
+        self, *args: Any, strength: float | None = None, guard: float | None = None, **kwargs: Any
+    ) -> Any:
+        """`llama_cpp.Llama.create_chat_completion` with a `strength` and `guard` for this call."""
+        return self._with(self._settings(strength, guard), super().create_chat_completion, *args, **kwargs)
+
+    def generate(
+        self,
+        tokens: Sequence[int],
+        *args: Any,
+        strength: float | None = None,
+        guard: float | None = None,
+        **kwargs: Any,
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """`llama_cpp.Llama.generate` with a `strength` and `guard` for this call."""
+        return self._stepwise(self._settings(strength, guard), self._generate(tokens, *args, **kwargs))
+
+    def _generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        settings = self._lockstep.settings
+        self.last_dose = Dose(settings.strength, settings.guard)
+        if settings != self._lockstep.evaluated_with:
+            self._forget_rows(keep_context=not kwargs.get("reset", True))
+        yield from super().generate(tokens, *args, **kwargs)
+
+    def _forget_rows(self, keep_context: bool) -> None:
+        """Rows adjusted with other settings must be neither sampled nor reported."""
+        self._requires_eval = True
+        if self._logits_all and keep_context:
+            self._replay(self._input_ids.tolist())
+        elif self._logits_all:
+            self.n_tokens = 0
+
+    def _replay(self, tokens: list[int]) -> None:
+        self.reset()
+        self.eval(tokens)
+
+    def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
+        """Samples from the adjusted logits, and counts the token's dose."""
+        self._lockstep.require_rows()
+        kwargs["idx"] = idx
+        token = int(super().sample(*args, **kwargs))
+        self.last_dose.add(self._lockstep.rows[-1 if idx is None else idx - self.n_tokens], token)
+        return token
+
+    def reset(self) -> None:
+        """Forgets all tokens, in teacher and pair, and an earlier failure of a proxy."""
+        super().reset()  # type: ignore[no-untyped-call]
+        self._lockstep.kv_cache_clear()
+
+    def save_state(self) -> ProtectedState:
+        """Copy of the teacher's and the pair's state, for `load_state`."""
+        return ProtectedState(super().save_state(), self._lockstep.pair_state(), self._lockstep.evaluated_with)
+
+    def load_state(self, state: LlamaState) -> None:
+        """Restores a saved state. Rows of scores that were adjusted otherwise, or never, are evaluated again."""
+        tokens = state.input_ids[: state.n_tokens].tolist()
+        settings = getattr(state, "settings", None)
+        if self._logits_all and settings != self._lockstep.settings:
+            self._replay(tokens)
+            self._seed = state.seed
+            return
+        super().load_state(state)
+        self._lockstep.restored(tokens)
+        if isinstance(state, ProtectedState):
+            self.pair.load_state(state.pair)
+
+    def close(self) -> None:
+        """Frees teacher and pair."""
+        if hasattr(self, "_stack"):
+            super().close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, **self._protection}
+
+    def _settings(self, strength: float | None, guard: float | None) -> Settings:
+        now = self._lockstep.settings
+        return Settings(
+            now.strength if strength is None else adjust.check_strength(strength),
+            now.guard if guard is None else adjust.check_guard(guard),
+        )
+
+    @contextmanager
+    def _scope(self, settings: Settings) -> Iterator[None]:
+        before, self._lockstep.settings = self._lockstep.settings, settings
+        try:
+            yield
+        finally:
+            self._lockstep.settings = before
+
+    def _with(self, settings: Settings, call: Any, *args: Any, **kwargs: Any) -> Any:
+        """Calls under `settings`; what streams goes on under them, also when other calls come between its chunks."""
+        with self._scope(settings):
+            result = call(*args, **kwargs)
+        return result if isinstance(result, dict) else self._stepwise(settings, result)
+
+    def _stepwise(self, settings: Settings, inner: Any) -> Generator[Any, Any, None]:
+        """Runs each step of a generator under `settings`, passing on what is sent to it."""
+        sent = None
+        try:
+            while True:
+                with self._scope(settings):
+                    try:
+                        item = next(inner) if sent is None else inner.send(sent)
+                    except StopIteration:
+                        return
+                sent = yield item
+        finally:
+            if hasattr(inner, "close"):
+                inner.close()
+
+
+def _refuse_unprotectable(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("embedding"):
+        raise InputError("embedding=True: embeddings cannot be protected; use llama_cpp.Llama for them")
+    if kwargs.get("vocab_only"):
+        raise InputError("vocab_only=True loads no weights to protect; use llama_cpp.Llama to tokenize")
+    if isinstance(kwargs.get("chat_handler"), (Llava15ChatHandler, MTMDChatHandler)):
+        raise InputError(
+            f"chat_handler={type(kwargs['chat_handler']).__name__}: multimodal input is evaluated around the pair and "
+            "cannot be protected; leave chat_handler out and send text"
+        )

@@ -1,0 +1,147 @@
+"""The teacher's context as `llama_cpp.Llama` uses it, with a pair that follows and logits adjusted in place.
+
+Everything that `Llama` samples from, reports as log-probabilities or verifies drafts against comes out of
+`LlamaContext.decode`. Adjusting there leaves no later way around it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from llama_cpp._internals import LlamaBatch, LlamaContext
+
+from .adjust import adjust
+from .errors import AdlocalError, ProxyError
+from .pair import DeltaRow, PairState, ProxyPair, n_outputs
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an adjustment depends on besides the logits."""
+
+    strength: float
+    guard: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adjusted row of the last decode: Δ and E[Δ] (None at strength 0), KL, and how many tokens were steered."""
+
+    evaluated: DeltaRow | None
+    kl: float
+    n_candidates: int
+
+
+class LockstepContext:
+    """Stands in for a Llama's `_ctx`. Offers what `Llama` asks of a `LlamaContext`, and nothing else.
+
+    Attributes:
+        settings: strength and guard of the next decode.
+        tokens: ids in the teacher's memory, in order.
+        rows: the last decode's adjusted rows, empty when none may be sampled from.
+        evaluated_with: the settings that gave `rows`.
+    """
+
+    # Reads that no adjustment depends on.
+    _DELEGATED = frozenset({"ctx", "model", "params", "n_ctx", "pooling_type", "reset_timings", "print_timings"})
+
+    def __init__(self, teacher: LlamaContext, pair: ProxyPair, n_shared: int, settings: Settings) -> None:
+        self._teacher = teacher
+        self._pair = pair
+        self._n_shared = n_shared
+        self._failure: str | None = None
+        self.settings = self.evaluated_with = settings
+        self.tokens: list[int] = []
+        self.rows: list[Row] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._DELEGATED:
+            raise AttributeError(
+                f"LockstepContext keeps {name!r} from callers: it would part the teacher from its pair"
+            )
+        return getattr(self._teacher, name)
+
+    def decode(self, batch: LlamaBatch) -> None:
+        """Evaluates a batch in both proxies and the teacher, then adjusts the teacher's output rows in place.
+
+        The proxies go first: when one fails, the teacher's logits of this batch were never computed.
+
+        Raises:
+            ProxyError: a proxy failed, now or since the last reset.
+        """
+        if self._failure:
+            raise ProxyError(f"{self._failure}; call reset() before generating again")
+        self.rows = []
+        start, tokens = self._sequence(batch)
+        try:
+            if self.settings.strength > 0:
+                self._pair.sync(self.tokens[:start])
+                self._pair.decode(batch)
+            self._teacher.decode(batch)
+            self.tokens[start:] = tokens
+            self.rows = self.adjust_rows(n_outputs(batch))
+        except AdlocalError as error:
+            self._failure = str(error)
+            raise
+        self.evaluated_with = self.settings
+
+    def get_logits(self) -> Any:
+        """The adjusted rows of the last decode, as `llama_get_logits`."""
+        self.require_rows()
+        return self._teacher.get_logits()
+
+    def require_rows(self) -> None:
+        """Refuses to go on unless the logits at hand were adjusted with the present settings."""
+        if self._failure:
+            raise ProxyError(f"{self._failure}; call reset() before generating again")
+        if not self.rows or self.evaluated_with != self.settings:
+            raise ProxyError("no logits were evaluated with the present strength and guard; evaluate a token first")
+
+    def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
+        """Forgets the positions from p0 on. The pair follows at its next decode."""
+        if p1 >= 0:
+            raise ProxyError(f"removing positions {p0} to {p1} would shift the context; protection needs it whole")
+        removed = bool(self._teacher.kv_cache_seq_rm(seq_id, p0, p1))
+        if removed:
+            del self.tokens[max(p0, 0) :]
+        return removed
+
+    def kv_cache_clear(self) -> None:
+        """Empties the teacher's memory and the pair's, and forgets an earlier failure."""
+        self._teacher.kv_cache_clear()
+        self._pair.clear()
+        self.tokens, self.rows, self._failure = [], [], None
+
+    def pair_state(self) -> PairState:
+        """The pair's memory as it is. It may lag behind the teacher's; the next decode brings it up."""
+        return self._pair.save_state()
+
+    def restored(self, tokens: list[int]) -> None:
+        """Says that the teacher's memory was replaced and now holds `tokens`; no row may be sampled until a decode."""
+        self.tokens, self.rows, self._failure = list(tokens), [], None
+
+    def _sequence(self, batch: LlamaBatch) -> tuple[int, list[int]]:
+        """First position and ids of a batch that continues sequence 0."""
+        raw = batch.batch
+        start = int(raw.pos[0])
+        if start > len(self.tokens) or raw.seq_id[0][0] != 0:
+            raise ProxyError(
+                f"position {start} of sequence {raw.seq_id[0][0]} follows {len(self.tokens)} known tokens: "
+                "something evaluated the teacher around adlocal (multimodal input does); call reset()"
+            )
+        return start, raw.token[: raw.n_tokens]
+
+    def adjust_rows(self, n_rows: int) -> list[Row]:
+        """Adjusts the first `n_rows` output rows of the teacher's last decode in place, with the pair's."""
+        if self.settings.strength == 0:
+            return [Row(None, 0.0, 0)] * n_rows
+        logits = np.ctypeslib.as_array(self._teacher.get_logits(), (n_rows, self._teacher.model.n_vocab()))
+        lam = self._pair.bundle.lam(self.settings.strength)
+        rows = []
+        for z, row in zip(logits, self._pair.rows(), strict=True):
+            result = adjust(z, row.delta[: self._n_shared], lam=lam, guard=self.settings.guard)
+            z[:] = result.logits
+            rows.append(Row(row, result.kl, result.n_candidates))
+        return rows

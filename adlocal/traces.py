@@ -1,0 +1,227 @@
+"""Traces: JSON lines in TRL's conventions, rendered by the model's own chat template and tokenized by llama.cpp.
+
+{"prompt": str, "completion": str}    {"prompt": [message, ...], "completion": [message, ...]}
+{"messages": [message, ...]}          message: {"role": str, "content": str}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import llama_cpp
+from llama_cpp._internals import LlamaModel
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+from ._gguf import captured_log, last_line
+from .errors import ModelError, TraceError
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One line of a trace file.
+
+    Attributes:
+        where: file and line, for messages.
+        messages: the conversation, or None for a pair of strings.
+        n_given: how many of the messages are the prompt; the loss is on assistant turns after them.
+        prompt, completion: the pair of strings, or None.
+    """
+
+    where: str
+    messages: tuple[Message, ...] | None = None
+    n_given: int = 0
+    prompt: str | None = None
+    completion: str | None = None
+
+
+@dataclass(frozen=True)
+class EncodedTrace:
+    """A trace as token ids; `targets[i]` says that token i counts in the loss, given the ids before it."""
+
+    where: str
+    tokens: list[int]
+    targets: list[bool]
+
+    @property
+    def n_targets(self) -> int:
+        return sum(self.targets)
+
+    def cut(self, n_ctx: int) -> EncodedTrace:
+        """The first `n_ctx` tokens."""
+        return EncodedTrace(self.where, self.tokens[:n_ctx], self.targets[:n_ctx])
+
+
+def read_traces(path: str | os.PathLike[str]) -> list[Trace]:
+    """Reads a trace file.
+
+    Raises:
+        TraceError: the file is missing or empty, or a line is no trace; the message gives its number.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TraceError(f"{path}: cannot be read as UTF-8 text ({error}); give a JSON lines file of traces") from None
+    traces = [_parse(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if not traces:
+        raise TraceError(f'{path}: no traces; give lines like {{"prompt": "...", "completion": "..."}}')
+    return traces
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _parse(line: str, where: str) -> Trace:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise TraceError(
+            f"{where}: broken JSON at column {error.colno} ({error.msg}); mend or remove the line"
+        ) from None
+    if not isinstance(row, dict):
+        raise TraceError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    prompt, completion, messages = row.get("prompt"), row.get("completion"), row.get("messages")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if not completion.strip():
+            raise TraceError(f"{where}: the completion is empty; remove the line")
+        return Trace(where, prompt=prompt, completion=completion)
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _conversation(where, [*prompt, *completion], len(prompt))
+    if isinstance(messages, list):
+        return _conversation(where, messages, 0)
+    raise TraceError(f'{where}: has {sorted(row)}, expected "prompt" and "completion", or "messages"')
+
+
+def _conversation(where: str, messages: list[Any], n_given: int) -> Trace:
+    for message in messages:
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):
+            raise TraceError(f'{where}: a message needs "role" and "content", found {str(message)[:80]}')
+    answers = [m for m in messages[n_given:] if m["role"] == "assistant" and str(m["content"] or "").strip()]
+    if not answers:
+        raise TraceError(f"{where}: no assistant turn with text to learn from; remove the line")
+    return Trace(where, messages=tuple(messages), n_given=n_given)
+
+
+def open_vocabulary(path: str | os.PathLike[str]) -> LlamaModel:
+    """Loads a GGUF's tokenizer and metadata, no weights."""
+    params = llama_cpp.llama_model_default_params()
+    params.vocab_only = True
+    try:
+        with captured_log() as log:
+            return LlamaModel(path_model=os.fspath(path), params=params, verbose=False)
+    except ValueError as error:
+        raise ModelError(f"{path}: {error} ({last_line(log)})") from None
+
+
+class TraceEncoder:
+    """Turns traces into token ids with one model's tokenizer and chat template.
+
+    Prompt and completion are tokenized apart, as at inference, where the prompt is given and the completion sampled.
+
+    Args:
+        model: where tokenizer and template come from.
+        raw: concatenate string pairs as they are, even if the model has a chat template.
+    """
+
+    def __init__(self, model: LlamaModel, *, raw: bool = False) -> None:
+        self._model = model
+        template = model.metadata().get("tokenizer.chat_template")
+        self._open, self._closed = (_formatter(model, template, generate) for generate in (True, False))
+        self._raw = raw or template is None
+
+    def encode(self, trace: Trace) -> EncodedTrace:
+        """Token ids of a trace and which of them count.
+
+        Raises:
+            TraceError: the template cannot render the trace, or nothing in it counts.
+        """
+        if trace.messages is None and self._raw:
+            pieces = [(trace.prompt or "", False), (trace.completion or "", True)]
+        else:
+            pieces = self._rendered(trace)
+        tokens: list[int] = []
+        targets: list[bool] = []
+        for text, counts in pieces:
+            ids = self._model.tokenize(text.encode("utf-8"), add_bos=not tokens and self._raw, special=not self._raw)
+            tokens += ids
+            targets += self._until_end(ids) if counts else [False] * len(ids)
+        if targets:
+            targets[0] = False  # nothing comes before the first token to predict it from
+        if not any(targets):
+            raise TraceError(f"{trace.where}: no token of it counts in the loss; check its roles and completion")
+        return EncodedTrace(trace.where, tokens, targets)
+
+    def _rendered(self, trace: Trace) -> list[tuple[str, bool]]:
+        """The conversation's text, cut where assistant turns that count begin and end."""
+        messages = list(trace.messages or _as_messages(trace))
+        if self._open is None or self._closed is None:
+            raise TraceError(f"{trace.where}: messages need a chat template and the model has none; use string pairs")
+        pieces: list[tuple[str, bool]] = []
+        done = ""
+        for i, message in enumerate(messages):
+            if i < trace.n_given or message["role"] != "assistant":
+                continue
+            before, after = (
+                self._text(self._open, messages[:i], trace),
+                self._text(self._closed, messages[: i + 1], trace),
+            )
+            if not (before.startswith(done) and after.startswith(before)):
+                raise TraceError(
+                    f"{trace.where}: the chat template rewrites earlier turns, so turn {i + 1} cannot be told apart; "
+                    "give one assistant turn a line"
+                )
+            pieces += [(before[len(done) :], False), (after[len(before) :], True)]
+            done = after
+        return pieces
+
+    def _text(self, formatter: Jinja2ChatFormatter, messages: Sequence[Message], trace: Trace) -> str:
+        try:
+            return str(formatter(messages=cast(Any, messages)).prompt)
+        except Exception as error:  # a template may raise anything
+            raise TraceError(f"{trace.where}: the model's chat template refuses the messages: {error}") from None
+
+    def _until_end(self, ids: list[int]) -> list[bool]:
+        """True up to the end-of-turn token; what a template puts after it is never sampled."""
+        ends = [i for i, token in enumerate(ids) if llama_cpp.llama_vocab_is_eog(self._model.vocab, token)]
+        last = ends[0] if ends else len(ids) - 1
+        return [i <= last for i in range(len(ids))]
+
+
+def encode_all(traces: Iterable[Trace], encoder: TraceEncoder, n_ctx: int) -> tuple[list[EncodedTrace], int, int]:
+    """Encodes traces for a context of `n_ctx` tokens.
+
+    Returns:
+        The traces that have something to learn from; how many of them were cut to `n_ctx`; how many were skipped
+        because their prompt alone fills it.
+    """
+    encoded = [encoder.encode(trace) for trace in traces]
+    fitting = [kept for trace in encoded if (kept := trace.cut(n_ctx)).n_targets]
+    n_cut = sum(len(trace.tokens) > n_ctx for trace in encoded)
+    n_skipped = len(encoded) - len(fitting)
+    if not fitting:
+        raise TraceError(f"all {len(encoded)} prompts fill the context of {n_ctx} tokens; ask for a larger one")
+    return fitting, n_cut - n_skipped, n_skipped
+
+
+def _as_messages(trace: Trace) -> list[Message]:
+    return [{"role": "user", "content": trace.prompt}, {"role": "assistant", "content": trace.completion}]
+
+
+def _formatter(model: LlamaModel, template: str | None, generate: bool) -> Jinja2ChatFormatter | None:
+    if template is None:
+        return None
+    bos, eos = (model.token_get_text(token) if token >= 0 else "" for token in (model.token_bos(), model.token_eos()))
+    return Jinja2ChatFormatter(template=template, eos_token=eos, bos_token=bos, add_generation_prompt=generate)
