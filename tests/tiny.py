@@ -1,0 +1,95 @@
+"""Tiny models for tests: random weights in transformers, the same weights in a GGUF that llama.cpp opens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+import transformers
+from adlocal_convert.proxy import _interleave
+
+_PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]  # what gpt2's vocabulary writes as itself
+_OTHERS = [i for i in range(256) if i not in _PRINTED]
+BYTES = [chr(i) if i in _PRINTED else chr(256 + _OTHERS.index(i)) for i in range(256)]
+BOS, EOS = 256, 257
+N_VOCAB = 264
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def tiny_model(architecture: str = "llama", seed: int = 0, **overrides: Any) -> Any:
+    """A random transformers model: 2 layers, 64 wide, grouped-query attention; float32, eval mode."""
+    config_class = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[architecture]
+    settings = {
+        "vocab_size": N_VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        **overrides,
+    }
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**settings)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases away from their neutral initial values
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def write_gguf(model: Any, path: Path, chat_template: str | None = None, pieces: list[str] | None = None) -> Path:
+    """Writes a transformers model as an F32 GGUF with a byte vocabulary (gpt2 tokenizer without merges)."""
+    config = model.config
+    architecture = config.model_type
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    _add_vocabulary(writer, config.vocab_size, pieces or BYTES)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
+    parameters = dict(model.named_parameters())
+    arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    table = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    for name, parameter in parameters.items():
+        tensor_name = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        writer.add_tensor(tensor_name, _in_file_order(tensor_name, parameter, config))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _in_file_order(tensor_name: str, parameter: Any, config: Any) -> Any:
+    values = parameter.detach().float().numpy()
+    heads = {"attn_q.weight": config.num_attention_heads, "attn_k.weight": config.num_key_value_heads}
+    n_head = next((n for part, n in heads.items() if tensor_name.endswith(part)), 0)
+    return _interleave(values, n_head) if n_head and config.model_type == "llama" else values
+
+
+def _add_vocabulary(writer: Any, n_vocab: int, pieces: list[str]) -> None:
+    padding = [f"[PAD{i}]" for i in range(258, n_vocab)]
+    tokens = [*pieces, "<s>", "</s>", *padding]
+    normal, control, unused = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL, gguf.TokenType.UNUSED
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([normal] * 256 + [control] * 2 + [unused] * len(padding))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(BOS)
+    writer.add_eos_token_id(EOS)
+    writer.add_add_bos_token(True)
