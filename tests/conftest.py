@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,11 +74,10 @@ def smollm2_bundle(smollm2: Path, pytestconfig: pytest.Config) -> Path:
 
 
 @pytest.fixture
-def copy_bundle(tiny_bundle: Path, tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+def copy_bundle(tiny_bundle: Path, tmp_path: Path) -> Callable[[str], Path]:
     """Makes copies of the tiny bundle that a test may spoil."""
-    import shutil
 
     def copy(name: str) -> Path:
         return Path(shutil.copytree(tiny_bundle, tmp_path / name))
 
-    yield copy
+    return copy

@@ -65,7 +65,7 @@ def write_gguf(model: Any, path: Path, chat_template: str | None = None, pieces:
     arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for name, parameter in parameters.items():
-        tensor_name = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        tensor_name = str(table.get_name(name, try_suffixes=(".weight", ".bias")))
         writer.add_tensor(tensor_name, _in_file_order(tensor_name, parameter, config))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
