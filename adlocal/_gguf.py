@@ -17,11 +17,18 @@ from typing import Any
 import llama_cpp
 from llama_cpp._ctypes_extensions import load_shared_library
 from llama_cpp._logger import llama_log_callback, logger
+from llama_cpp.llama_cpp import _lib as libllama
 
 from .errors import ModelError
 
-# The library that llama-cpp-python has already loaded: opening the same file again gives the same handle.
-_ggml = load_shared_library("ggml-base", Path(llama_cpp.__file__).parent / "lib")
+# The library that llama-cpp-python has already loaded, reached through libllama, which depends on it: a wheel holds
+# copies where a build has symbolic links, and opening another name would load a second ggml, whose log is not ours.
+# Windows looks up no dependencies, but opens one file a name.
+_ggml = (
+    libllama
+    if hasattr(libllama, "gguf_init_from_file")
+    else load_shared_library("ggml-base", Path(llama_cpp.__file__).parent / "lib")
+)
 
 
 class _InitParams(ctypes.Structure):
@@ -106,6 +113,11 @@ class GGUFHeader:
         if size < end:
             raise ModelError(f"{self.path}: truncated at {size:,} bytes of {end:,}; download or convert it again")
 
+    @property
+    def n_ctx_train(self) -> int:
+        """Tokens of context that the model was trained for; 0 if the file does not say."""
+        return int(self.get(f"{self.get('general.architecture')}.context_length", 0))
+
     def get(self, key: str, default: Any = None) -> Any:
         """Value of a metadata key as a Python scalar, string or list. Tokenizer arrays are left out."""
         return self._values.get(key, default)
@@ -144,14 +156,14 @@ def _tensors(context: int) -> Iterator[TensorInfo]:
 
 @contextmanager
 def captured_log() -> Iterator[list[str]]:
-    """Collects what llama.cpp logs as a warning or an error, instead of printing it beside our own message.
+    """Collects what llama.cpp logs as an error, instead of printing it beside our own message.
 
     A caller who asked for `verbose` still sees everything.
     """
     lines: list[str] = []
 
     def collect(level: int, text: bytes, _user_data: object) -> None:
-        if level in (2, 3):  # GGML_LOG_LEVEL_WARN, GGML_LOG_LEVEL_ERROR
+        if level == 4:  # GGML_LOG_LEVEL_ERROR; llama-cpp-python's own table of levels is out of date
             lines.append(text.decode("utf-8", errors="replace").strip())
         if logger.level == logging.DEBUG:  # what verbose=True sets
             llama_log_callback(level, text, ctypes.c_void_p(0))

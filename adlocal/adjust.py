@@ -9,7 +9,9 @@ the paper's form loses the term as τ goes to 0 and leaves greedy decoding unpro
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -81,31 +83,37 @@ def adjust(z_teacher: Floats, delta_row: Floats, *, lam: float, guard: float) ->
         raise ProxyError(
             f"Δ of token {ids[~np.isfinite(at)][0]} is not finite: a proxy gave NaN or inf; nothing emitted"
         )
-    shift = lam * (at - at.mean()) if len(at) else at
     logits = np.array(z_teacher, dtype=np.float32)
-    logits[ids] += shift.astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # checked below
+        shift = lam * (at - at.mean()) if len(at) else at
+        logits[ids] += shift.astype(np.float32)
+    if not np.all(np.isfinite(logits[ids])):
+        raise ProxyError(f"λ = {lam:g} shifts a logit beyond float32; nothing emitted, ask for a smaller strength")
     return Adjusted(logits, _kl(z_teacher, top, ids, shift), len(ids))
 
 
 def _kl(z: Floats, top: np.floating[Any], ids: npt.NDArray[np.intp], shift: npt.NDArray[np.float64]) -> float:
     """KL(adjusted ‖ teacher). Only the candidates moved, so both partition functions share the other tokens' mass."""
-    total = float(np.sum(np.exp(z - top), dtype=np.float64))
-    before = np.exp(z[ids].astype(np.float64) - float(top))
-    after = np.exp(z[ids].astype(np.float64) - float(top) + shift)
-    total_after = max(total - float(before.sum()), 0.0) + float(after.sum())
-    return max(0.0, float(after @ shift) / total_after - float(np.log(total_after / total)))
+    before = z[ids].astype(np.float64) - float(top)
+    after = before + shift
+    peak = float(np.max(after, initial=0.0))  # λ may be strong enough to overflow an exponential
+    inside = float(np.exp(before).sum())
+    outside = max(float(np.sum(np.exp(z - top), dtype=np.float64)) - inside, 0.0)
+    p, rest = np.exp(after - peak), outside * float(np.exp(-peak))
+    total = float(p.sum()) + rest
+    return max(0.0, (float(p @ (shift - peak)) - rest * peak) / total - float(np.log(total / (inside + outside))))
 
 
 def check_strength(strength: float) -> float:
     """Returns `strength` as a float, or raises InputError: any finite number of nats from 0 up."""
-    if not (isinstance(strength, (int, float)) and np.isfinite(strength) and strength >= 0):
+    if not (isinstance(strength, Real) and 0 <= strength <= sys.float_info.max):
         raise InputError(f"strength={strength!r}: give nats from 0 (the plain teacher) up, for example 1.0")
     return float(strength)
 
 
 def check_guard(guard: float) -> float:
     """Returns `guard` as a float, or raises InputError: a share of the top token's probability, 0 to 1."""
-    if not (isinstance(guard, (int, float)) and 0 <= guard <= 1):
+    if not (isinstance(guard, Real) and 0 <= guard <= 1):
         raise InputError(
             f"guard={guard!r}: give a share of the top token's probability, 0 (off) to 1, for example 0.05"
         )

@@ -17,6 +17,7 @@ import llama_cpp
 from llama_cpp._internals import LlamaBatch, LlamaContext
 from tqdm import tqdm
 
+from .errors import InputError
 from .generate import open_plain
 from .llama import AntidistillationLlama
 
@@ -73,16 +74,19 @@ def measure(args: argparse.Namespace) -> Bench:
     }
     with (
         closing(open_plain(args.model, **kwargs)) as plain,
-        closing(AntidistillationLlama(args.model, bundle=args.bundle, **kwargs)) as llm,
+        closing(
+            AntidistillationLlama(args.model, bundle=args.bundle, strength=args.strength, guard=args.guard, **kwargs)
+        ) as llm,
     ):
         n, pair = args.n_predict, llm.pair
+        _check(args, llm)
         contestants: dict[str, Callable[[], float]] = {
             "plain": lambda: _generate(plain, n),
-            "protected": lambda: _generate(llm, n, strength=args.strength),
+            "protected": lambda: _generate(llm, n),
             "strength_0": lambda: _generate(llm, n, strength=0.0),
             "ideal": lambda: sum(_decode([context], n) for context in (plain._ctx, pair.plus, pair.minus)),
             "in_turns": lambda: _decode([plain._ctx, pair.plus, pair.minus], n),
-            "adjustment": lambda: _adjust(llm, args.strength),
+            "adjustment": lambda: _adjust(llm),
         }
         times: dict[str, list[float]] = {name: [] for name in contestants}
         turns = [name for _ in range(_ROUNDS + 1) for name in contestants]
@@ -91,6 +95,14 @@ def measure(args: argparse.Namespace) -> Bench:
         pair.clear()
     medians = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}  # the first round warms up
     return Bench(**medians, peak_bytes=peak_bytes())
+
+
+def _check(args: argparse.Namespace, llm: AntidistillationLlama) -> None:
+    if llm.strength == 0:
+        raise InputError("--strength 0 is the plain teacher, which bench times anyway; give a positive strength")
+    needed = len(llm.tokenize(_PROMPT.encode())) + args.n_predict + 1
+    if needed > args.ctx_size:
+        raise InputError(f"--ctx-size {args.ctx_size}: bench needs {needed} tokens of context; ask for fewer with -n")
 
 
 def describe(result: Bench) -> str:
@@ -143,10 +155,10 @@ def _decode(contexts: Sequence[LlamaContext], n: int) -> float:
     return (time.perf_counter() - started) / n
 
 
-def _adjust(llm: AntidistillationLlama, strength: float, n: int = 20) -> float:
+def _adjust(llm: AntidistillationLlama, n: int = 20) -> float:
     """Seconds to adjust one row, everything between the proxies' logits and the adjusted ones."""
     llm.reset()
-    next(llm.generate(llm.tokenize(_PROMPT.encode()), temp=0.0, strength=strength))
+    next(llm.generate(llm.tokenize(_PROMPT.encode()), temp=0.0))
     started = time.perf_counter()
     for _ in range(n):
         llm._lockstep.adjust_rows(1)

@@ -181,6 +181,7 @@ def verify(directory: str | os.PathLike[str], progress: Callable[[int], None] = 
     bundle = Bundle.open(directory)
     carriers = set(bundle.carriers)
     plus, minus = (_half(Path(directory), name) for name in (PLUS_NAME, MINUS_NAME))
+    _check_headers(plus, minus)
     digests = hashlib.sha256(), hashlib.sha256()
     for tensor, p, m in zip(plus.tensors, _data(plus), _data(minus), strict=True):
         if tensor.name in carriers:
@@ -194,6 +195,14 @@ def verify(directory: str | os.PathLike[str], progress: Callable[[int], None] = 
     ):
         if digest.hexdigest() != stored:
             raise BundleError(f"{Path(directory) / name}: its carriers were altered since conversion; convert again")
+
+
+def _check_headers(plus: GGUFHeader, minus: GGUFHeader) -> None:
+    """Everything before the tensors' data, tokenizer and all, must be the same but for the four bytes of the sign."""
+    a, b = (np.memmap(half.path, dtype=np.uint8, mode="r")[: half.tensors[0].offset] for half in (plus, minus))
+    differing = np.flatnonzero(a != b) if len(a) == len(b) else np.arange(len(a))
+    if len(differing) != 4 or differing[-1] - differing[0] != 3:
+        raise BundleError(f"{plus.path.parent}: the halves' metadata differ in more than the sign; convert again")
 
 
 def _data(half: GGUFHeader) -> Iterable[npt.NDArray[np.uint8]]:

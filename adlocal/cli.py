@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import AdlocalError
 
@@ -68,9 +68,7 @@ def _offline_verb(module: str) -> Handler:
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
 
-    parser = argparse.ArgumentParser(
-        prog="adlocal", description="Antidistillation sampling (arXiv 2504.13146) for llama.cpp."
-    )
+    parser = _Parser(prog="adlocal", description="Antidistillation sampling (arXiv 2504.13146) for llama.cpp.")
     parser.add_argument("--version", action="version", version=f"adlocal {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (_add_convert, _add_inspect, _add_generate, _add_score, _add_bench, _add_demo):
@@ -88,6 +86,13 @@ def _add(verbs: Any, name: str, handler: Handler, description: str, example: str
     )
     parser.set_defaults(handler=handler)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells an error in one line, as `main` does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -140,11 +145,11 @@ def _add_generate(verbs: Any) -> None:
     parser.add_argument("-p", "--prompt", required=True, metavar="TEXT")
     parser.add_argument("--chat", action="store_true", help="send the prompt as a user's message")
     parser.add_argument("--unprotected", action="store_true", help="run the plain teacher, without a bundle")
-    parser.add_argument("--temp", type=float, default=0.8, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=40)
-    parser.add_argument("--top-p", type=float, default=0.95)
-    parser.add_argument("--min-p", type=float, default=0.05)
-    parser.add_argument("-s", "--seed", type=int, help="random if not given")
+    parser.add_argument("--temp", type=_temperature, default=0.8, metavar="T", help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=40, metavar="N", help="0 is off")
+    parser.add_argument("--top-p", type=_share, default=0.95, metavar="P", help="1 is off")
+    parser.add_argument("--min-p", type=_share, default=0.05, metavar="P", help="0 is off")
+    parser.add_argument("-s", "--seed", type=_seed, metavar="N", help="random if not given")
 
 
 def _add_score(verbs: Any) -> None:
@@ -196,9 +201,32 @@ def _add_runtime(parser: argparse.ArgumentParser, ctx_size: int) -> None:
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if not (text.isdecimal() and int(text) >= 1):
         raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 up")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not (text.isdecimal() and int(text) < 2**32):
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    return _number(text, 0.0, 100.0)
+
+
+def _share(text: str) -> float:
+    return _number(text, 0.0, 1.0)
+
+
+def _number(text: str, least: float, most: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{text}: give a number from {least:g} to {most:g}")
     return value
 
 

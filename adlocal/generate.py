@@ -119,5 +119,7 @@ def _stream(llm: llama_cpp.Llama, args: argparse.Namespace) -> Iterator[str]:
         else:
             chunks = llm.create_completion(args.prompt, **sampling)
             yield from (chunk["choices"][0]["text"] for chunk in chunks)
+    except UnicodeEncodeError:
+        raise InputError("--prompt is not valid UTF-8; give text") from None
     except ValueError as error:  # llama-cpp-python's word for a prompt that does not fit
         raise InputError(f"{error}; give a larger --ctx-size or a shorter prompt") from None

@@ -92,6 +92,7 @@ class AntidistillationLlama(llama_cpp.Llama):
             self.close()
             raise
         self._lockstep = LockstepContext(self._ctx, pair, n_shared, settings)
+        self._n_ctx = len(self.input_ids)  # llama.cpp rounds n_ctx up, Llama's own buffers do not
         self._ctx = self._lockstep  # type: ignore[assignment]  # it offers what Llama asks of a context
         self.pair = pair
 
@@ -187,14 +188,14 @@ class AntidistillationLlama(llama_cpp.Llama):
 
     def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
         """Samples from the adjusted logits, and counts the token's dose."""
-        self._lockstep.require_rows()
+        row = self._lockstep.row(self.n_tokens - 1 if idx is None else idx)
         kwargs["idx"] = idx
         token = int(super().sample(*args, **kwargs))
-        self.last_dose.add(self._lockstep.rows[-1 if idx is None else idx - self.n_tokens], token)
+        self.last_dose.add(row, token)
         return token
 
     def reset(self) -> None:
-        """Forgets all tokens, in teacher and pair, and an earlier failure of a proxy."""
+        """Forgets all tokens, in teacher and pair."""
         super().reset()  # type: ignore[no-untyped-call]
         self._lockstep.kv_cache_clear()
 

@@ -13,7 +13,7 @@ import numpy as np
 from llama_cpp._internals import LlamaBatch, LlamaContext
 
 from .adjust import adjust
-from .errors import AdlocalError, ProxyError
+from .errors import ProxyError
 from .pair import DeltaRow, PairState, ProxyPair, n_outputs
 
 
@@ -51,7 +51,6 @@ class LockstepContext:
         self._teacher = teacher
         self._pair = pair
         self._n_shared = n_shared
-        self._failure: str | None = None
         self.settings = self.evaluated_with = settings
         self.tokens: list[int] = []
         self.rows: list[Row] = []
@@ -68,23 +67,19 @@ class LockstepContext:
 
         The proxies go first: when one fails, the teacher's logits of this batch were never computed.
 
+        Whatever fails, no row is left to sample from, and the pair makes up for what it missed at the next decode.
+
         Raises:
-            ProxyError: a proxy failed, now or since the last reset.
+            ProxyError: a proxy failed.
         """
-        if self._failure:
-            raise ProxyError(f"{self._failure}; call reset() before generating again")
         self.rows = []
         start, tokens = self._sequence(batch)
-        try:
-            if self.settings.strength > 0:
-                self._pair.sync(self.tokens[:start])
-                self._pair.decode(batch)
-            self._teacher.decode(batch)
-            self.tokens[start:] = tokens
-            self.rows = self.adjust_rows(n_outputs(batch))
-        except AdlocalError as error:
-            self._failure = str(error)
-            raise
+        if self.settings.strength > 0:
+            self._pair.sync(self.tokens[:start])
+            self._pair.decode(batch)
+        self._teacher.decode(batch)
+        self.tokens[start:] = tokens
+        self.rows = self.adjust_rows(n_outputs(batch))
         self.evaluated_with = self.settings
 
     def get_logits(self) -> Any:
@@ -94,10 +89,18 @@ class LockstepContext:
 
     def require_rows(self) -> None:
         """Refuses to go on unless the logits at hand were adjusted with the present settings."""
-        if self._failure:
-            raise ProxyError(f"{self._failure}; call reset() before generating again")
         if not self.rows or self.evaluated_with != self.settings:
             raise ProxyError("no logits were evaluated with the present strength and guard; evaluate a token first")
+
+    def row(self, position: int) -> Row:
+        """The adjusted row that the token after `position` is sampled from."""
+        self.require_rows()
+        back = len(self.tokens) - position
+        if not 0 < back <= len(self.rows):
+            raise ProxyError(
+                f"no logits for position {position} of {len(self.tokens)}; evaluate it with logits_all=True"
+            )
+        return self.rows[-back]
 
     def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
         """Forgets the positions from p0 on. The pair follows at its next decode."""
@@ -109,10 +112,10 @@ class LockstepContext:
         return removed
 
     def kv_cache_clear(self) -> None:
-        """Empties the teacher's memory and the pair's, and forgets an earlier failure."""
+        """Empties the teacher's memory and the pair's."""
         self._teacher.kv_cache_clear()
         self._pair.clear()
-        self.tokens, self.rows, self._failure = [], [], None
+        self.tokens, self.rows = [], []
 
     def pair_state(self) -> PairState:
         """The pair's memory as it is. It may lag behind the teacher's; the next decode brings it up."""
@@ -120,7 +123,7 @@ class LockstepContext:
 
     def restored(self, tokens: list[int]) -> None:
         """Says that the teacher's memory was replaced and now holds `tokens`; no row may be sampled until a decode."""
-        self.tokens, self.rows, self._failure = list(tokens), [], None
+        self.tokens, self.rows = list(tokens), []
 
     def _sequence(self, batch: LlamaBatch) -> tuple[int, list[int]]:
         """First position and ids of a batch that continues sequence 0."""

@@ -176,14 +176,28 @@ class ProxyPair:
             ProxyError: llama.cpp refused the batch in either proxy. The memory is cleared: `sync` starts afresh.
         """
         self._rows = 0
+        tokens = batch.batch.token[: batch.n_tokens()]
+        self._check(tokens)
         try:
             self.plus.decode(batch)
             self.minus.decode(batch)
         except Exception as error:
             self.clear()
             raise ProxyError(f"a proxy could not be evaluated: {error}; no token was emitted") from error
-        self.tokens += batch.batch.token[: batch.n_tokens()]
+        self.tokens += tokens
         self._rows = n_outputs(batch)
+
+    def _check(self, tokens: list[int]) -> None:
+        """Says in words what llama.cpp would refuse with a number."""
+        if len(self.tokens) + len(tokens) > self.n_ctx:
+            raise ProxyError(
+                f"{len(self.tokens)} + {len(tokens)} tokens exceed the context of {self.n_ctx}; ask for a larger n_ctx"
+            )
+        if not 0 <= min(tokens) <= max(tokens) < self.n_vocab:
+            raise ProxyError(
+                f"token {max(tokens) if min(tokens) >= 0 else min(tokens)} is none of the proxy's {self.n_vocab}; "
+                "no token was emitted"
+            )
 
     def sync(self, tokens: Sequence[int]) -> None:
         """Makes the memory hold exactly `tokens`: keeps the common prefix, drops the rest, decodes what is new."""

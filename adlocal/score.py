@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 
 from tqdm import tqdm
 
+from ._gguf import GGUFHeader
+from .bundle import PLUS_NAME, Bundle
 from .pair import DeltaRow, ProxyPair
 from .traces import EncodedTrace, TraceEncoder, encode_all, read_traces
 
@@ -37,7 +39,9 @@ def score_trace(pair: ProxyPair, trace: EncodedTrace) -> Score:
 def run(args: argparse.Namespace) -> None:
     """A line a trace and the mean; with --json one object."""
     traces = read_traces(args.traces)
-    with ProxyPair.open(args.bundle, n_ctx=args.ctx_size, n_threads=args.threads, n_gpu_layers=args.gpu_layers) as pair:
+    Bundle.open(args.bundle)
+    n_ctx = min(args.ctx_size, GGUFHeader(args.bundle / PLUS_NAME).n_ctx_train or args.ctx_size)
+    with ProxyPair.open(args.bundle, n_ctx=n_ctx, n_threads=args.threads, n_gpu_layers=args.gpu_layers) as pair:
         encoded, n_cut, n_skipped = encode_all(traces, TraceEncoder(pair.plus.model, raw=args.raw), pair.n_ctx)
         scores = [score_trace(pair, trace) for trace in tqdm(encoded, desc="scoring", unit="trace", file=sys.stderr)]
     n_tokens, dose = sum(s.n_tokens for s in scores), sum(s.dose for s in scores)

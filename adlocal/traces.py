@@ -66,9 +66,10 @@ def read_traces(path: str | os.PathLike[str]) -> list[Trace]:
         TraceError: the file is missing or empty, or a line is no trace; the message gives its number.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TraceError(f"{path}: cannot be read as UTF-8 text ({error}); give a JSON lines file of traces") from None
+    lines = text.split("\n")  # splitlines() would also break at U+2028 and others, which JSON allows in a string
     traces = [_parse(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not traces:
         raise TraceError(f'{path}: no traces; give lines like {{"prompt": "...", "completion": "..."}}')
@@ -91,6 +92,8 @@ def _parse(line: str, where: str) -> Trace:
         raise TraceError(
             f"{where}: broken JSON at column {error.colno} ({error.msg}); mend or remove the line"
         ) from None
+    except (ValueError, RecursionError) as error:  # numbers and nesting beyond Python's limits
+        raise TraceError(f"{where}: JSON that Python cannot hold ({error}); remove the line") from None
     if not isinstance(row, dict):
         raise TraceError(f"{where}: expected a JSON object, found {type(row).__name__}")
     prompt, completion, messages = row.get("prompt"), row.get("completion"), row.get("messages")
@@ -102,7 +105,10 @@ def _parse(line: str, where: str) -> Trace:
         return _conversation(where, [*prompt, *completion], len(prompt))
     if isinstance(messages, list):
         return _conversation(where, messages, 0)
-    raise TraceError(f'{where}: has {sorted(row)}, expected "prompt" and "completion", or "messages"')
+    raise TraceError(
+        f'{where}: has {sorted(row)}, expected "prompt" and "completion", both strings or both lists of messages, '
+        'or a list "messages"'
+    )
 
 
 def _conversation(where: str, messages: list[Any], n_given: int) -> Trace:
@@ -148,14 +154,12 @@ class TraceEncoder:
         Raises:
             TraceError: the template cannot render the trace, or nothing in it counts.
         """
-        if trace.messages is None and self._raw:
-            pieces = [(trace.prompt or "", False), (trace.completion or "", True)]
-        else:
-            pieces = self._rendered(trace)
+        raw = self._raw and trace.messages is None
+        pieces = [(trace.prompt or "", False), (trace.completion or "", True)] if raw else self._rendered(trace)
         tokens: list[int] = []
         targets: list[bool] = []
         for text, counts in pieces:
-            ids = self._model.tokenize(text.encode("utf-8"), add_bos=not tokens and self._raw, special=not self._raw)
+            ids = self._model.tokenize(_utf8(text, trace.where), add_bos=not tokens and raw, special=not raw)
             tokens += ids
             targets += self._until_end(ids) if counts else [False] * len(ids)
         if targets:
@@ -214,6 +218,13 @@ def encode_all(traces: Iterable[Trace], encoder: TraceEncoder, n_ctx: int) -> tu
     if not fitting:
         raise TraceError(f"all {len(encoded)} prompts fill the context of {n_ctx} tokens; ask for a larger one")
     return fitting, n_cut - n_skipped, n_skipped
+
+
+def _utf8(text: str, where: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TraceError(f"{where}: half a surrogate pair, no text ({error.reason}); mend or remove the line") from None
 
 
 def _as_messages(trace: Trace) -> list[Message]:

@@ -18,14 +18,14 @@ from tqdm import tqdm
 import adlocal
 from adlocal._gguf import GGUFHeader
 from adlocal.bundle import DEFAULT_GUARD, FORMAT_VERSION, MINUS_NAME, PLUS_NAME, Bundle
-from adlocal.errors import ConversionError, InputError
+from adlocal.errors import ConversionError, InputError, ModelError
 from adlocal.pair import ProxyPair
 from adlocal.traces import EncodedTrace, TraceEncoder, encode_all, open_vocabulary, read_traces, sha256
 
 from .fidelity import TOP_K, Fidelity, Reference, delta_scale, sweep
 from .gradient import Gradient
 from .perturb import Selection, bundle_id, move_carriers, write_half
-from .proxy import Proxy
+from .proxy import Proxy, check_architecture
 from .quantize import quantize
 
 LEAST_FIDELITY = 0.90
@@ -95,7 +95,8 @@ def convert(options: Options, say: Callable[[str], None]) -> Bundle:
             bundle = _build(base, traces, options, staging, say)
             _publish(staging, options.out)
     except OSError as error:
-        raise ConversionError(f"cannot write the bundle to {options.out}: {error.strerror or error}") from None
+        reason = error.strerror or f"{error}; is the disk full?"  # numpy's short writes carry no reason
+        raise ConversionError(f"cannot write the bundle to {options.out}: {reason}") from None
     say(f"wrote {options.out}")
     return bundle
 
@@ -140,9 +141,13 @@ def _check(options: Options) -> None:
 
 def _encode(options: Options) -> Traces:
     read = read_traces(options.traces)
-    vocabulary = open_vocabulary(options.proxy)
     header = GGUFHeader(options.proxy)
-    n_ctx = min(options.n_ctx, header.get(f"{header.get('general.architecture')}.context_length", options.n_ctx))
+    architecture = header.get("general.architecture", "none")
+    check_architecture(options.proxy, architecture)
+    if header.get("adlocal.format_version") is not None:
+        raise ModelError(f"{options.proxy} is itself half of a bundle; give the proxy's own GGUF")
+    vocabulary = open_vocabulary(options.proxy)
+    n_ctx = min(options.n_ctx, header.n_ctx_train or options.n_ctx)
     encoded, n_cut, n_skipped = encode_all(read, TraceEncoder(vocabulary, raw=options.raw), n_ctx)
     if len(encoded) < 2:
         raise InputError(f"{options.traces}: {len(encoded)} usable trace; give at least 2, one is held out; better 50")
@@ -213,10 +218,11 @@ def _start(references: Sequence[Reference]) -> float:
 
 def _check_fidelity(best: Fidelity, options: Options) -> None:
     if not best.median >= LEAST_FIDELITY and not options.force:
+        more = f"--carriers {min(1.0, 2 * options.carriers or 0.05):g}, " if options.carriers < 1 else ""
+        auto = "" if options.eps is None else "--eps auto, "
         raise ConversionError(
-            f"fidelity {best.median:.3f} is under {LEAST_FIDELITY}: Δ would mislead the sampling. Try --carriers "
-            f"{min(1.0, 2 * options.carriers or 0.05):g}, a wider proxy (--quant Q8_0 or F16 from a float GGUF), or "
-            "--eps auto; --force writes the bundle all the same"
+            f"fidelity {best.median:.3f} is under {LEAST_FIDELITY}: Δ would mislead the sampling. Try {more}{auto}"
+            "a wider proxy (--quant Q8_0 or F16 from a float GGUF); --force writes the bundle all the same"
         )
 
 

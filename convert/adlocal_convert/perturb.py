@@ -112,6 +112,20 @@ def _carrier(tensor: Tensor, gradient: Gradient) -> Carrier:
     return Carrier(tensor.name, ggml_type, weights, tensor.to_gguf(gradient.values[tensor.parameter] / gradient.norm))
 
 
+class _AsStored(bytes):
+    """Type and value of a key as the base's bytes hold them."""
+
+    def __new__(cls, field: Any) -> _AsStored:
+        return super().__new__(cls, b"".join(part.tobytes() for part in field.parts[2:]))
+
+
+class _Writer(gguf.GGUFWriter):
+    """Also takes keys as they are stored; some of them gguf-py could not write: empty arrays, strings not in UTF-8."""
+
+    def _pack_val(self, val: Any, *args: Any, **kwargs: Any) -> Any:
+        return val if isinstance(val, _AsStored) else super()._pack_val(val, *args, **kwargs)
+
+
 def write_half(
     path: Path, reader: Any, carriers: Sequence[Carrier], step: float, metadata: Iterable[tuple[str, Any, str]]
 ) -> None:
@@ -119,10 +133,11 @@ def write_half(
 
     The file is readable by its owner alone: whoever holds both halves can undo the protection.
     """
-    writer = gguf.GGUFWriter(path, _architecture(reader), endianess=reader.endianess)
+    writer = _Writer(path, _architecture(reader), endianess=reader.endianess)
+    writer.data_alignment = reader.alignment
     for field in reader.fields.values():
         if field.name != "general.architecture" and not field.name.startswith("GGUF."):
-            _copy_key(writer, field)
+            writer.add_key_value(field.name, _AsStored(field), field.types[0])
     for key, value, kind in metadata:
         _add_key(writer, key, value, gguf.GGUFValueType[kind])
     moved = {carrier.name: carrier.at(step) for carrier in carriers}
@@ -157,12 +172,6 @@ def bundle_id(bundle: Bundle) -> str:
 
 def _architecture(reader: Any) -> str:
     return str(reader.get_field("general.architecture").contents())
-
-
-def _copy_key(writer: Any, field: Any) -> None:
-    kind = field.types[0]
-    value, sub_type = field.contents(), field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-    writer.add_key_value(field.name, value, kind, sub_type=sub_type)
 
 
 def _add_key(writer: Any, key: str, value: Any, kind: gguf.GGUFValueType) -> None:

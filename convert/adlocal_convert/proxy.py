@@ -63,10 +63,6 @@ class Tensor:
         array = values.detach().to(torch.float32).cpu().numpy()
         return _interleave(array, self.n_head) if self.n_head else array
 
-    def to_torch(self, values: Array) -> torch.Tensor:
-        """Values in the file's order, in the parameter's order."""
-        return torch.from_numpy(np.ascontiguousarray(_deinterleave(values, self.n_head) if self.n_head else values))
-
 
 class Proxy:
     """A proxy student: the GGUF file, and the transformers model at its dequantized weights.
@@ -85,10 +81,7 @@ class Proxy:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.reader = _open(path)
-        with _quiet_transformers():
-            self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32
-            ).eval()
+        self.model = _load(path)
         self.tensors = list(self._match())
 
     def _match(self) -> Iterator[Tensor]:
@@ -125,12 +118,27 @@ def _open(path: Path) -> Any:
     except Exception as error:  # gguf-py raises whatever its parser trips over
         raise ModelError(f"{path}: not a readable GGUF file ({error}); download or convert it again") from None
     field = reader.get_field("general.architecture")
-    architecture = field.contents() if field else "none"
+    check_architecture(path, field.contents() if field else "none")
+    return reader
+
+
+def check_architecture(path: Path, architecture: str) -> None:
+    """Raises ModelError unless it is one that can be differentiated here and carried back."""
     if architecture not in ARCHITECTURES:
         raise ModelError(
             f"{path}: architecture {architecture} is not supported; give one of {', '.join(ARCHITECTURES)}"
         )
-    return reader
+
+
+def _load(path: Path) -> Any:
+    try:
+        with _quiet_transformers():
+            return transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32
+            ).eval()
+    except Exception as error:  # whatever its loaders trip over
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"{path}: transformers cannot open it ({reason})") from error
 
 
 def _gguf_names(reader: Any, parameters: list[str], n_layers: int) -> dict[str, str]:
@@ -146,11 +154,6 @@ def _interleave(values: Array, n_head: int) -> Array:
     """Rows from transformers' order (halves of each head) to llama.cpp's (pairs): its converter's `permute`."""
     rows = values.reshape(n_head, 2, values.shape[0] // n_head // 2, *values.shape[1:])
     return np.ascontiguousarray(rows.swapaxes(1, 2).reshape(values.shape))
-
-
-def _deinterleave(values: Array, n_head: int) -> Array:
-    rows = values.reshape(n_head, values.shape[0] // n_head // 2, 2, *values.shape[1:])
-    return rows.swapaxes(1, 2).reshape(values.shape)
 
 
 @contextmanager

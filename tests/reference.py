@@ -1,0 +1,75 @@
+"""What protected text must be sampled from, computed apart from it: plain llama.cpp, a second pair, adjust.py."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+import pytest
+from llama_cpp._internals import LlamaContext, LlamaSampler
+
+from adlocal import AntidistillationLlama, ProxyPair
+from adlocal.adjust import adjust
+
+Rows = npt.NDArray[np.float32]
+
+
+class Reference:
+    """The teacher in a plain `llama_cpp.Llama(logits_all=True)`, and the proxies in a pair of their own."""
+
+    def __init__(self, teacher: llama_cpp.Llama, pair: ProxyPair) -> None:
+        self.teacher = teacher
+        self.pair = pair
+
+    def plain(self, tokens: Sequence[int]) -> Rows:
+        """The teacher's logits after each prefix of `tokens`."""
+        self.teacher.reset()
+        self.teacher.eval(tokens)
+        return self.teacher.scores[: len(tokens)].copy()
+
+    def adjusted(self, tokens: Sequence[int], strength: float, guard: float) -> Rows:
+        """The adjusted logits after each prefix of `tokens`."""
+        lam = self.pair.bundle.lam(strength)
+        rows = zip(self.plain(tokens), self.pair.delta(tokens), strict=True)
+        return np.stack([adjust(z, delta, lam=lam, guard=guard).logits for z, delta in rows])
+
+
+@dataclass
+class Samples:
+    """Sampled tokens, the logits that llama.cpp itself held for each at that moment, and the position they follow."""
+
+    tokens: list[int] = field(default_factory=list)
+    rows: list[Rows] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+
+
+@contextmanager
+def sampling(monkeypatch: pytest.MonkeyPatch, llm: AntidistillationLlama) -> Iterator[Samples]:
+    """Records what is sampled from what."""
+    samples = Samples()
+    sample: Callable[..., int] = LlamaSampler.sample
+
+    def spy(self: LlamaSampler, ctx: LlamaContext, idx: int = -1) -> int:
+        pointer: Any = llama_cpp.llama_get_logits_ith(llm.ctx, idx)
+        address = ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float))
+        samples.rows.append(np.ctypeslib.as_array(address, (llm.n_vocab(),)).copy())
+        samples.positions.append(llm.n_tokens + idx)
+        samples.tokens.append(sample(self, ctx, idx))
+        return samples.tokens[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaSampler, "sample", spy)
+        yield samples
+
+
+def log_softmax(rows: Rows) -> npt.NDArray[np.float64]:
+    """In float64, over the last axis."""
+    z = rows.astype(np.float64)
+    z -= z.max(axis=-1, keepdims=True)
+    return np.asarray(z - np.log(np.exp(z).sum(axis=-1, keepdims=True)))
