@@ -28,7 +28,7 @@ from .convert import Options, convert
 from .word_problems import word_problems
 
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
-STRENGTH = 4.0
+STRENGTH = 1.0
 _N_TRACES = 48
 _N_PREDICT = 120
 
