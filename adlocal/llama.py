@@ -61,7 +61,8 @@ class AntidistillationLlama(llama_cpp.Llama):
             bundle: what `adlocal convert` wrote.
             strength: typical shift of a plausible token's logit, in nats; 0 is exactly the teacher.
             guard: tokens under this share of the top token's probability are never lifted; 0 is the paper.
-            proxy_n_gpu_layers, proxy_n_threads, proxy_type_k, proxy_type_v: as for the teacher, which they follow.
+            proxy_n_gpu_layers, proxy_n_threads: as for the teacher, whose they are by default.
+            proxy_type_k, proxy_type_v: types of the proxies' KV caches, llama.cpp's own by default.
             **kwargs: of `llama_cpp.Llama`.
 
         Raises:
@@ -111,7 +112,7 @@ class AntidistillationLlama(llama_cpp.Llama):
         layers, threads = own["proxy_n_gpu_layers"], own["proxy_n_threads"]
         return ProxyPair.open(
             own["bundle"],
-            n_ctx=self.n_ctx(),
+            n_ctx=len(self.input_ids),  # as asked for; llama.cpp rounds it up alike for all three
             n_batch=self.n_batch,
             n_outputs=self.n_batch if self._logits_all else 1,
             n_threads=threads or self.n_threads,

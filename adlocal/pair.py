@@ -101,20 +101,8 @@ class ProxyPair:
         """
         directory = Path(bundle_dir)
         bundle = Bundle.open(directory)
-        return cls.load(
-            directory / PLUS_NAME,
-            directory / MINUS_NAME,
-            bundle,
-            n_ctx=n_ctx,
-            n_batch=n_batch,
-            n_outputs=n_outputs,
-            n_threads=n_threads,
-            n_threads_batch=n_threads_batch,
-            n_gpu_layers=n_gpu_layers,
-            type_k=type_k,
-            type_v=type_v,
-            verbose=verbose,
-        )
+        params = context_params(n_ctx, n_batch, n_outputs, n_threads, n_threads_batch, type_k, type_v)
+        return cls.load(directory / PLUS_NAME, directory / MINUS_NAME, bundle, params, n_gpu_layers, verbose)
 
     @classmethod
     def load(
@@ -122,25 +110,11 @@ class ProxyPair:
         plus: Path,
         minus: Path,
         bundle: Bundle,
-        *,
-        n_ctx: int = 0,
-        n_batch: int = 512,
-        n_outputs: int = 64,
-        n_threads: int | None = None,
-        n_threads_batch: int | None = None,
+        params: llama_cpp.llama_context_params,
         n_gpu_layers: int = 0,
-        type_k: int | None = None,
-        type_v: int | None = None,
         verbose: bool = False,
     ) -> ProxyPair:
         """Loads two files as the halves of `bundle`, whatever their own metadata say. For the converter's sweep."""
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_batch, min(n_batch, params.n_ubatch)
-        params.n_outputs_max = params.n_outputs_max_per_seq = min(n_outputs, n_batch)
-        params.n_threads = n_threads or os.cpu_count() or 1
-        params.n_threads_batch = n_threads_batch or params.n_threads
-        params.type_k = params.type_k if type_k is None else type_k
-        params.type_v = params.type_v if type_v is None else type_v
         set_verbose(verbose)
         with ExitStack() as stack:
             contexts = [_load(path, params, n_gpu_layers, stack, verbose) for path in (plus, minus)]
@@ -269,6 +243,26 @@ class ProxyPair:
             del self.tokens[n:]
         else:
             self.clear()
+
+
+def context_params(
+    n_ctx: int = 0,
+    n_batch: int = 512,
+    n_outputs: int = 64,
+    n_threads: int | None = None,
+    n_threads_batch: int | None = None,
+    type_k: int | None = None,
+    type_v: int | None = None,
+) -> llama_cpp.llama_context_params:
+    """llama.cpp's context parameters for a proxy; the arguments are those of `ProxyPair.open`."""
+    params: llama_cpp.llama_context_params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_batch, min(n_batch, params.n_ubatch)
+    params.n_outputs_max = params.n_outputs_max_per_seq = min(n_outputs, n_batch)
+    params.n_threads = n_threads or os.cpu_count() or 1
+    params.n_threads_batch = n_threads_batch or params.n_threads
+    params.type_k = params.type_k if type_k is None else type_k
+    params.type_v = params.type_v if type_v is None else type_v
+    return params
 
 
 def _load(

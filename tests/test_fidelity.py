@@ -18,7 +18,7 @@ from adlocal_convert.perturb import Selection, write_half
 from adlocal_convert.proxy import Proxy
 
 from adlocal.bundle import MINUS_NAME, PLUS_NAME, Bundle
-from adlocal.pair import ProxyPair
+from adlocal.pair import ProxyPair, context_params
 from adlocal.traces import EncodedTrace
 
 N_VOCAB = 200
@@ -192,7 +192,9 @@ def through_llama_cpp(
         plus, minus = directory / PLUS_NAME, directory / MINUS_NAME
         for path, step in ((plus, epsilon), (minus, -epsilon)):
             write_half(path, proxy.reader, selection.carriers, step, [])
-        return ProxyPair.load(plus, minus, dataclasses.replace(bundle, epsilon=epsilon), n_ctx=64, n_threads=1)
+        return ProxyPair.load(
+            plus, minus, dataclasses.replace(bundle, epsilon=epsilon), context_params(n_ctx=64, n_threads=1)
+        )
 
     return proxy, gradient, pair
 

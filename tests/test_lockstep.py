@@ -156,6 +156,12 @@ def test_a_context_beyond_the_proxy_is_refused(tiny_bundle: Path, tmp_path: Path
         AntidistillationLlama(str(teacher), bundle=tiny_bundle, **{**KWARGS, "n_ctx": 512})
 
 
+def test_an_encoder_is_refused(tiny_llama: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_cpp, "llama_model_has_encoder", lambda _: True)
+    with pytest.raises(ModelError, match="an embedding or encoder model writes no text"):
+        AntidistillationLlama(str(tiny_llama), bundle=tiny_bundle, **KWARGS)
+
+
 def test_a_prompt_beyond_the_context_is_llamas_own_error(llm: AntidistillationLlama) -> None:
     with pytest.raises(ValueError, match="exceed context window"):
         llm.create_completion("x" * 200)

@@ -19,7 +19,7 @@ import adlocal
 from adlocal._gguf import GGUFHeader
 from adlocal.bundle import DEFAULT_GUARD, FORMAT_VERSION, MINUS_NAME, PLUS_NAME, Bundle
 from adlocal.errors import ConversionError, InputError, ModelError
-from adlocal.pair import ProxyPair
+from adlocal.pair import ProxyPair, context_params
 from adlocal.traces import EncodedTrace, TraceEncoder, encode_all, open_vocabulary, read_traces, sha256
 
 from .fidelity import TOP_K, Fidelity, Reference, delta_scale, sweep
@@ -102,8 +102,8 @@ def convert(options: Options, say: Callable[[str], None]) -> Bundle:
 
 
 def _build(base: Path, traces: Traces, options: Options, staging: Path, say: Callable[[str], None]) -> Bundle:
-    say(f"reading {base.name} into PyTorch")
-    proxy = Proxy(base)
+    with tqdm(total=3, desc=f"reading {base.name}", unit="step") as bar:
+        proxy = Proxy(base, bar.update)
     with tqdm(total=len(traces.learned), desc="gradient", unit="trace") as bar:
         gradient = Gradient.of(proxy.model, traces.learned, _counting(bar, "loss"))
     say(f"loss {gradient.loss:.4f} nats a token, ‖g‖ = {gradient.norm:.4f}")
@@ -185,15 +185,14 @@ def _sweep(
     for path in (plus, minus):
         write_half(path, proxy.reader, selection.carriers, 0.0, [])
     scales: dict[float, float] = {}
-    n_ctx = max(len(reference.trace.tokens) for reference in references)
+    longest = max(len(reference.trace.tokens) for reference in references)
+    params = context_params(n_ctx=longest, n_threads=options.n_threads)
 
     def measure(epsilon: float) -> Fidelity:
         move_carriers(plus, selection.carriers, epsilon)
         move_carriers(minus, selection.carriers, -epsilon)
         moved = dataclasses.replace(provisional, epsilon=epsilon)
-        with ProxyPair.load(
-            plus, minus, moved, n_ctx=n_ctx, n_threads=options.n_threads, n_gpu_layers=options.n_gpu_layers
-        ) as pair:
+        with ProxyPair.load(plus, minus, moved, params, options.n_gpu_layers) as pair:
             fidelity = Fidelity.measure(pair, references)
             scales[epsilon] = delta_scale(pair, references, DEFAULT_GUARD)
         say(f"{epsilon:10.4g}  {fidelity.median:.4f}  {fidelity.p10:.4f}  {fidelity.slope:.3f}")

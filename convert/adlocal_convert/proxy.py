@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,8 @@ class Tensor:
 class Proxy:
     """A proxy student: the GGUF file, and the transformers model at its dequantized weights.
 
+    `progress` is called after each of three steps of loading.
+
     Attributes:
         path: the GGUF.
         reader: gguf-py's view of it.
@@ -78,11 +80,14 @@ class Proxy:
             not match the model's parameter.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, progress: Callable[[], object] = lambda: None) -> None:
         self.path = path
         self.reader = _open(path)
+        progress()
         self.model = _load(path)
+        progress()
         self.tensors = list(self._match())
+        progress()
 
     def _match(self) -> Iterator[Tensor]:
         parameters = dict(self.model.named_parameters())
