@@ -33,7 +33,7 @@ pytestmark = pytest.mark.real
 STRENGTH = 8.0
 GUARD = 0.0  # every token moves, so no token at the edge of the guard can fall on the other side of it
 ROUNDING = 0.4
-PROMPTS = [problem["prompt"] for problem in word_problems(20, seed=1)]
+PROMPTS = [problem["prompt"].partition(",")[0] for problem in word_problems(20, seed=1)]
 PROMPT = "The quick brown fox jumps over the lazy dog. The quick brown"
 KWARGS: dict[str, Any] = {"n_ctx": 512, "n_threads": 2, "n_threads_batch": 2, "logits_all": True, "verbose": False}
 

@@ -254,7 +254,7 @@ def test_a_text_that_does_not_fit_is_refused(n: int, pair: ProxyPair) -> None:
 
 
 def test_syncing_beyond_the_context_fails_and_recovers(pair: ProxyPair) -> None:
-    with pytest.raises(ProxyError, match="256 [+] 1 tokens exceed the context of 256; ask for a larger n_ctx"):
+    with pytest.raises(ProxyError, match=r"256 \+ 1 tokens exceed the context of 256; ask for a larger n_ctx"):
         pair.sync([65] * 257)
     pair.sync(TEXT)
     assert pair.tokens == TEXT
