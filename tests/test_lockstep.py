@@ -11,10 +11,12 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
 import pytest
 import tiny
 from llama_cpp._internals import LlamaSampler
 from llama_cpp.llama_chat_format import Llava15ChatHandler
+from llama_cpp.llama_speculative import LlamaDraftModel
 
 from adlocal import AntidistillationLlama, BundleError, InputError, ModelError, ProxyError
 from adlocal.adjust import Floats
@@ -33,9 +35,9 @@ def llm(tiny_llama: Path, tiny_bundle: Path) -> Iterator[AntidistillationLlama]:
         yield llm
 
 
-def greedy(llm: AntidistillationLlama, prompt: str = PROMPT, n: int = 8, **kwargs: Any) -> list[int]:
+def greedy(llm: AntidistillationLlama, prompt: str = PROMPT, n: int = 8, temp: float = 0.0, **kwargs: Any) -> list[int]:
     """Sampled ids: the tiny model babbles bytes that are no text."""
-    return list(itertools.islice(llm.generate(llm.tokenize(prompt.encode()), temp=0.0, **kwargs), n))
+    return list(itertools.islice(llm.generate(llm.tokenize(prompt.encode()), temp=temp, **kwargs), n))
 
 
 def fail(*_args: object) -> None:
@@ -268,6 +270,31 @@ def test_dose_is_the_score_of_what_was_sampled(llm: AntidistillationLlama) -> No
     assert dose.per_token == pytest.approx((dose.total or 0) / 10)
     assert 0 < dose.n_steerable <= 10
     assert dose.mean_kl > 0
+
+
+class Foresight(LlamaDraftModel):
+    """Drafts what will be sampled, four tokens at a time."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+    def __call__(self, input_ids: npt.NDArray[np.intc], /, **kwargs: Any) -> npt.NDArray[np.intc]:
+        return np.array(self.tokens[len(input_ids) :][:4], dtype=np.intc)
+
+
+def test_dose_of_drafted_tokens(llm: AntidistillationLlama, tiny_llama: Path, tiny_bundle: Path) -> None:
+    """Several rows a decode, each with its own token."""
+    prompt = llm.tokenize(PROMPT.encode())
+    llm.set_seed(5)
+    sampled = greedy(llm, n=12, temp=1.0)  # greedy, the model repeats itself and one row is like another
+    draft = Foresight([*prompt, *sampled])
+    with closing(
+        AntidistillationLlama(str(tiny_llama), bundle=tiny_bundle, strength=3.0, draft_model=draft, **KWARGS)
+    ) as drafted:
+        drafted.set_seed(5)
+        assert greedy(drafted, n=12, temp=1.0) == sampled
+        assert len(drafted._lockstep.rows) > 1
+        assert drafted.last_dose.total == pytest.approx(llm.last_dose.total, rel=0.02, abs=1e-3)
 
 
 def test_more_strength_more_dose_and_more_kl(llm: AntidistillationLlama) -> None:
