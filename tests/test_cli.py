@@ -441,7 +441,13 @@ def command(*argv: object, **env: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **env},
+        preexec_fn=_at_a_terminal,
     )
+
+
+def _at_a_terminal() -> None:
+    """Tests that run in the background hand down that Ctrl-C is to be ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def ended(process: subprocess.Popen[str]) -> Done:
