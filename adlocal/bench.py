@@ -18,7 +18,7 @@ from llama_cpp._internals import LlamaBatch, LlamaContext
 from tqdm import tqdm
 
 from .errors import InputError
-from .generate import open_plain
+from .generate import open_plain, open_protected
 from .llama import AntidistillationLlama
 
 _PROMPT = "Once upon a time, in a small town by the sea, there lived an old clockmaker who"
@@ -65,19 +65,7 @@ def run(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace) -> Bench:
     """Times each contestant for `-n` tokens, in turns, so that a drift of the machine hits all alike."""
-    kwargs: dict[str, Any] = {
-        "n_ctx": args.ctx_size,
-        "n_threads": args.threads,
-        "n_threads_batch": args.threads,
-        "n_gpu_layers": args.gpu_layers,
-        "verbose": False,
-    }
-    with (
-        closing(open_plain(args.model, **kwargs)) as plain,
-        closing(
-            AntidistillationLlama(args.model, bundle=args.bundle, strength=args.strength, guard=args.guard, **kwargs)
-        ) as llm,
-    ):
+    with closing(open_plain(args)) as plain, closing(open_protected(args)) as llm:
         n, pair = args.n_predict, llm.pair
         _check(args, llm)
         contestants: dict[str, Callable[[], float]] = {

@@ -49,26 +49,35 @@ def run(args: argparse.Namespace) -> None:
 
 def open_teacher(args: argparse.Namespace) -> llama_cpp.Llama:
     """The teacher that `-m`, `-c`, `-t`, `-ngl` and, unless unprotected, `--bundle` ask for."""
-    kwargs: dict[str, Any] = {
+    return open_plain(args) if args.bundle is None else open_protected(args)
+
+
+def open_protected(args: argparse.Namespace) -> AntidistillationLlama:
+    """The teacher with `--bundle`, at `--strength` and `--guard`."""
+    return AntidistillationLlama(
+        args.model, bundle=args.bundle, strength=args.strength, guard=args.guard, **_arguments(args)
+    )
+
+
+def open_plain(args: argparse.Namespace) -> llama_cpp.Llama:
+    """The plain teacher, with llama.cpp's reason in the error where it will not load."""
+    GGUFHeader(args.model)
+    try:
+        with captured_log() as log:
+            return _PlainLlama(args.model, **_arguments(args))
+    except ValueError as error:
+        raise ModelError(f"{args.model}: {error} ({last_line(log)})") from None
+
+
+def _arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What `-c`, `-t` and `-ngl` are to `llama_cpp.Llama`."""
+    return {
         "n_ctx": args.ctx_size,
         "n_threads": args.threads,
         "n_threads_batch": args.threads,
         "n_gpu_layers": args.gpu_layers,
         "verbose": False,
     }
-    if args.bundle is None:
-        return open_plain(args.model, **kwargs)
-    return AntidistillationLlama(args.model, bundle=args.bundle, strength=args.strength, guard=args.guard, **kwargs)
-
-
-def open_plain(model: str, **kwargs: Any) -> llama_cpp.Llama:
-    """A plain teacher, with llama.cpp's reason in the error where it will not load."""
-    GGUFHeader(model)
-    try:
-        with captured_log() as log:
-            return _PlainLlama(model, **kwargs)
-    except ValueError as error:
-        raise ModelError(f"{model}: {error} ({last_line(log)})") from None
 
 
 def statistics(llm: llama_cpp.Llama, seconds: float) -> dict[str, Any]:
