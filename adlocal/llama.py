@@ -173,6 +173,8 @@ class AntidistillationLlama(llama_cpp.Llama):
         self.last_dose = Dose(settings.strength, settings.guard)
         if settings != self._lockstep.evaluated_with:
             self._forget_rows(keep_context=not kwargs.get("reset", True))
+        elif not self._lockstep.rows:  # after a failure: the prompt may be cached, but there is nothing to sample from
+            self._requires_eval = True
         yield from super().generate(tokens, *args, **kwargs)
 
     def _forget_rows(self, keep_context: bool) -> None:

@@ -81,6 +81,19 @@ def test_the_teacher_is_not_evaluated_when_a_proxy_fails(
         llm.create_completion(PROMPT, **GREEDY)
 
 
+def test_the_same_prompt_again_after_a_failure(llm: AntidistillationLlama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is cached to the last token, and needs no reset()."""
+    expected = greedy(llm, n=3)
+    llm.reset()
+    stream = llm.generate(llm.tokenize(PROMPT.encode()), temp=0.0)
+    next(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.pair.minus, "decode", fail)
+        with pytest.raises(ProxyError):
+            next(stream)
+    assert greedy(llm, n=3) == expected
+
+
 def test_a_teacher_that_fails_leaves_nothing_to_sample(
     llm: AntidistillationLlama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
