@@ -1,0 +1,47 @@
+# Sets ADLOCAL_LLAMA_INCLUDE_DIR (where llama.h and the ggml headers are) and ADLOCAL_LLAMA_VERSION (what llama_version()
+# of that llama.cpp returns). find_package(llama) would do too, but looks for every backend's libraries; types need none.
+
+# The value of the first line of a file that matches, between quotes.
+function(adlocal_quoted_value result pattern)
+    foreach(file ${ARGN})
+        file(STRINGS ${file} line REGEX ${pattern} LIMIT_COUNT 1)
+        if(line)
+            string(REGEX REPLACE ".*\"(.*)\".*" "\\1" value "${line}")
+            set(${result} ${value} PARENT_SCOPE)
+            return()
+        endif()
+    endforeach()
+endfunction()
+
+if(TARGET llama) # built beside adlocal, or found by the host
+    get_target_property(ADLOCAL_LLAMA_INCLUDE_DIR llama INTERFACE_INCLUDE_DIRECTORIES)
+    foreach(ggml_target ggml ggml::ggml)
+        if(TARGET ${ggml_target})
+            get_target_property(ggml_include_dir ${ggml_target} INTERFACE_INCLUDE_DIRECTORIES)
+            list(APPEND ADLOCAL_LLAMA_INCLUDE_DIR ${ggml_include_dir})
+        endif()
+    endforeach()
+    get_target_property(llama_binary_dir llama BINARY_DIR)
+    if(NOT ADLOCAL_LLAMA_VERSION AND LLAMA_VERSION) # set by find_package(llama)
+        set(ADLOCAL_LLAMA_VERSION ${LLAMA_VERSION})
+    elseif(NOT ADLOCAL_LLAMA_VERSION AND llama_binary_dir)
+        file(GLOB version_files ${llama_binary_dir}/llama-version.h)
+        adlocal_quoted_value(ADLOCAL_LLAMA_VERSION "define LLAMA_VERSION" ${version_files})
+    endif()
+else()
+    find_path(ADLOCAL_LLAMA_INCLUDE_DIR llama.h)
+    if(NOT ADLOCAL_LLAMA_INCLUDE_DIR)
+        message(FATAL_ERROR "llama.h was not found. Name an installed llama.cpp, or the site-packages of a Python environment "
+            "with llama-cpp-python, in CMAKE_PREFIX_PATH, or its include directory in ADLOCAL_LLAMA_INCLUDE_DIR.")
+    endif()
+    if(NOT ADLOCAL_LLAMA_VERSION)
+        file(GLOB version_files ${ADLOCAL_LLAMA_INCLUDE_DIR}/../lib*/cmake/llama/llama-config-version.cmake)
+        adlocal_quoted_value(ADLOCAL_LLAMA_VERSION "^set.PACKAGE_VERSION " ${version_files})
+    endif()
+endif()
+
+if(NOT ADLOCAL_LLAMA_VERSION)
+    message(FATAL_ERROR "The version of the llama.cpp in ${ADLOCAL_LLAMA_INCLUDE_DIR} is not known. "
+        "Give what its llama_version() returns in ADLOCAL_LLAMA_VERSION.")
+endif()
+message(STATUS "adlocal: compiling for llama.cpp ${ADLOCAL_LLAMA_VERSION}")

@@ -1,0 +1,348 @@
+// adlocal: antidistillation sampling (arXiv 2504.13146) for programs that embed llama.cpp.
+//
+//     adjusted = z_T + λ (Δ − mean Δ)  among the teacher's plausible tokens,    Δ = (z₊ − z₋) / 2ε,    λ = strength / delta_scale
+//
+// z_T are the teacher's logits, z₊ and z₋ those of the two halves of a bundle (`adlocal convert` writes it): the pair.
+// Two ways to use it, both shown in examples/simple.c and its tests:
+//
+//   the pair      the host decodes every batch with adl_pair_decode and with llama_decode, then adl_pair_adjust changes the
+//                 teacher's logits in place, before anything reads them. Any batch, any number of sequences.
+//   the sampler   the host owns its loop over one sequence and puts adl_sampler_init's sampler first in its chain.
+//
+// Rules for every function:
+//   - llama.cpp is reached only through the table of pointers that the host gives (struct adl_llama). The library links
+//     no llama.cpp, so it works beside one that is linked statically, dynamically, or loaded by another language.
+//   - What can fail returns ADL_OK (0) or more on success and an error code (< 0), or NULL, on failure. adl_last_error()
+//     then says in words what was given, what was expected and what to do. No C++ exception leaves the library.
+//   - It fails closed: where protection cannot be computed, a row is left in which end-of-generation has all the
+//     probability and every other token the same logit, so that nothing of the teacher is left in it.
+//   - Strings are UTF-8 and end in 0. Pointers that a function returns are the library's, unless a _free is named.
+//   - One pair may be used by one thread at a time (samplers of one pair lock it among themselves); different pairs by
+//     different threads. Contexts are created and freed one at a time.
+
+#ifndef ADLOCAL_H
+#define ADLOCAL_H
+
+#include "llama.h" // types only
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(ADLOCAL_STATIC)
+#    define ADL_API
+#elif defined(_WIN32)
+#    ifdef ADLOCAL_BUILD
+#        define ADL_API __declspec(dllexport)
+#    else
+#        define ADL_API __declspec(dllimport)
+#    endif
+#else
+#    define ADL_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+//
+// Errors
+//
+
+enum adl_status {
+    ADL_OK               =  0,
+    ADL_ERROR_INPUT      = -1, // an argument is out of its range
+    ADL_ERROR_LLAMA      = -2, // the host's llama.cpp is not the one that this library was compiled for
+    ADL_ERROR_BUNDLE     = -3, // a half is missing, unreadable or of another format, or the halves do not fit together
+    ADL_ERROR_MODEL      = -4, // llama.cpp refuses a half, or a size that was asked for
+    ADL_ERROR_VOCABULARY = -5, // teacher and proxy number their tokens differently
+    ADL_ERROR_PROXY      = -6, // a proxy could not be evaluated or computes nonsense: nothing may be sampled
+    ADL_ERROR_MEMORY     = -7, // an allocation failed
+};
+
+// What went wrong in this thread's last failed call, "" before any. Valid until the thread's next failed call.
+ADL_API const char * adl_last_error(void);
+
+// Its code, ADL_OK before any. For functions that return NULL.
+ADL_API int32_t adl_last_status(void);
+
+// Version of this library, as "0.1.0". A binding refuses another version than its own.
+ADL_API const char * adl_version(void);
+
+//
+// llama.cpp's functions
+//
+
+// X(type of the result, name, arguments): everything that the library calls.
+#define ADL_LLAMA_FUNCTIONS(X)                                                                                                  \
+    X(const char *,                llama_version,                (void))                                                       \
+    X(struct llama_model_params,   llama_model_default_params,   (void))                                                       \
+    X(struct llama_context_params, llama_context_default_params, (void))                                                       \
+    X(bool,                        llama_supports_gpu_offload,   (void))                                                       \
+    X(struct llama_model *,        llama_model_load_from_file,   (const char * path, struct llama_model_params params))        \
+    X(void,                        llama_model_free,             (struct llama_model * model))                                 \
+    X(const struct llama_vocab *,  llama_model_get_vocab,        (const struct llama_model * model))                           \
+    X(int32_t,                     llama_model_n_ctx_train,      (const struct llama_model * model))                           \
+    X(struct llama_context *,      llama_init_from_model,        (struct llama_model * model, struct llama_context_params p))  \
+    X(void,                        llama_free,                   (struct llama_context * ctx))                                 \
+    X(uint32_t,                    llama_n_ctx,                  (const struct llama_context * ctx))                           \
+    X(uint32_t,                    llama_n_batch,                (const struct llama_context * ctx))                           \
+    X(void,                        llama_set_n_threads,          (struct llama_context * ctx, int32_t n, int32_t n_batch))     \
+    X(llama_memory_t,              llama_get_memory,             (const struct llama_context * ctx))                           \
+    X(void,                        llama_memory_clear,           (llama_memory_t mem, bool data))                              \
+    X(bool,                        llama_memory_seq_rm,          (llama_memory_t mem, llama_seq_id s, llama_pos a, llama_pos b)) \
+    X(void,                        llama_memory_seq_cp,          (llama_memory_t mem, llama_seq_id s, llama_seq_id t,          \
+                                                                  llama_pos a, llama_pos b))                                   \
+    X(void,                        llama_memory_seq_keep,        (llama_memory_t mem, llama_seq_id s))                         \
+    X(int32_t,                     llama_decode,                 (struct llama_context * ctx, struct llama_batch batch))       \
+    X(void,                        llama_synchronize,            (struct llama_context * ctx))                                 \
+    X(float *,                     llama_get_logits,             (struct llama_context * ctx))                                 \
+    X(int32_t,                     llama_vocab_n_tokens,         (const struct llama_vocab * vocab))                           \
+    X(const char *,                llama_vocab_get_text,         (const struct llama_vocab * vocab, llama_token token))        \
+    X(enum llama_token_attr,       llama_vocab_get_attr,         (const struct llama_vocab * vocab, llama_token token))        \
+    X(bool,                        llama_vocab_is_eog,           (const struct llama_vocab * vocab, llama_token token))        \
+    X(llama_token,                 llama_vocab_bos,              (const struct llama_vocab * vocab))                           \
+    X(llama_token,                 llama_vocab_eos,              (const struct llama_vocab * vocab))                           \
+    X(llama_token,                 llama_vocab_eot,              (const struct llama_vocab * vocab))                           \
+    X(llama_token,                 llama_vocab_sep,              (const struct llama_vocab * vocab))                           \
+    X(llama_token,                 llama_vocab_nl,               (const struct llama_vocab * vocab))                           \
+    X(llama_token,                 llama_vocab_pad,              (const struct llama_vocab * vocab))                           \
+    X(llama_token,                 llama_vocab_fim_pre,          (const struct llama_vocab * vocab))                           \
+    X(llama_token,                 llama_vocab_fim_suf,          (const struct llama_vocab * vocab))                           \
+    X(llama_token,                 llama_vocab_fim_mid,          (const struct llama_vocab * vocab))                           \
+    X(llama_token,                 llama_vocab_fim_pad,          (const struct llama_vocab * vocab))                           \
+    X(llama_token,                 llama_vocab_fim_rep,          (const struct llama_vocab * vocab))                           \
+    X(llama_token,                 llama_vocab_fim_sep,          (const struct llama_vocab * vocab))                           \
+    X(struct llama_sampler *,      llama_sampler_init,           (struct llama_sampler_i * iface, void * ctx))                 \
+    X(struct gguf_context *,       gguf_init_from_file,          (const char * path, struct gguf_init_params params))          \
+    X(void,                        gguf_free,                    (struct gguf_context * ctx))                                  \
+    X(int64_t,                     gguf_get_n_kv,                (const struct gguf_context * ctx))                            \
+    X(int64_t,                     gguf_find_key,                (const struct gguf_context * ctx, const char * key))          \
+    X(enum gguf_type,              gguf_get_kv_type,             (const struct gguf_context * ctx, int64_t key))               \
+    X(const void *,                gguf_get_val_data,            (const struct gguf_context * ctx, int64_t key))               \
+    X(const char *,                gguf_get_val_str,             (const struct gguf_context * ctx, int64_t key))               \
+    X(enum gguf_type,              gguf_get_arr_type,            (const struct gguf_context * ctx, int64_t key))               \
+    X(size_t,                      gguf_get_arr_n,               (const struct gguf_context * ctx, int64_t key))               \
+    X(const void *,                gguf_get_arr_data,            (const struct gguf_context * ctx, int64_t key))               \
+    X(const char *,                gguf_get_arr_str,             (const struct gguf_context * ctx, int64_t key, size_t i))     \
+    X(int64_t,                     gguf_get_n_tensors,           (const struct gguf_context * ctx))                            \
+    X(const char *,                gguf_get_tensor_name,         (const struct gguf_context * ctx, int64_t tensor))            \
+    X(enum ggml_type,              gguf_get_tensor_type,         (const struct gguf_context * ctx, int64_t tensor))
+
+// Y(name): the structures that cross the boundary. Their sizes as the host sees them are part of the handshake.
+#define ADL_LLAMA_STRUCTS(Y)                                                                                             \
+    Y(llama_batch) Y(llama_token_data) Y(llama_token_data_array) Y(llama_model_params) Y(llama_context_params)           \
+    Y(llama_sampler_i) Y(gguf_init_params)
+
+// The host's llama.cpp. Copied by what is made with it: it need not outlive the call.
+struct adl_llama {
+    size_t size; // sizeof(struct adl_llama)
+
+#define ADL_LLAMA_SIZE(name) size_t sizeof_##name; // 0: the host cannot tell (a binding without that structure)
+    ADL_LLAMA_STRUCTS(ADL_LLAMA_SIZE)
+#undef ADL_LLAMA_SIZE
+
+#define ADL_LLAMA_POINTER(result, name, arguments) result (*name) arguments;
+    ADL_LLAMA_FUNCTIONS(ADL_LLAMA_POINTER)
+#undef ADL_LLAMA_POINTER
+};
+
+// Initializer for hosts that link llama.cpp, statically or not:
+//     struct adl_llama llama = ADL_LLAMA_LINKED;       (an automatic variable: Windows knows imported addresses at run time)
+#define ADL_LLAMA_LINKED { sizeof(struct adl_llama), ADL_LLAMA_STRUCTS(ADL_LLAMA_SIZEOF_) ADL_LLAMA_FUNCTIONS(ADL_LLAMA_NAME_) }
+#define ADL_LLAMA_SIZEOF_(name) sizeof(struct name),
+#define ADL_LLAMA_NAME_(result, name, arguments) name,
+
+// Name of the i-th structure or function of the table, in its order; NULL past the last. A binding fills the table by them.
+ADL_API const char * adl_llama_struct_name  (size_t i);
+ADL_API const char * adl_llama_function_name(size_t i);
+
+// The handshake: does this library fit the host's llama.cpp? Compares version and sizes, and names a function that is
+// missing. Everything that takes a table does it by itself.
+// Returns ADL_OK or ADL_ERROR_LLAMA.
+ADL_API int32_t adl_llama_check(const struct adl_llama * llama);
+
+//
+// Bundle
+//
+
+// What the metadata of a bundle's two halves say.
+struct adl_bundle {
+    uint32_t format_version;
+    char     id[65];        // hexadecimal
+    double   epsilon;       // ε, the step along ĝ to either half, in units of the weights
+    double   delta_scale;   // RMS of the centred Δ over plausible tokens, in nats: λ = strength / delta_scale
+    double   gradient_norm; // ‖g‖
+    double   guard;         // the guard at which delta_scale was measured, a sensible default
+};
+
+// Reads and validates both halves of the directory (proxy-plus.gguf, proxy-minus.gguf); no weights are read.
+// Returns ADL_OK, ADL_ERROR_BUNDLE or ADL_ERROR_LLAMA. `out` is written on success only.
+ADL_API int32_t adl_bundle_read(const struct adl_llama * llama, const char * dir, struct adl_bundle * out);
+
+// Number of leading token ids that teacher and proxy share. Padding may make one of the vocabularies longer.
+// Returns it, ADL_ERROR_VOCABULARY (naming the first id that differs) or ADL_ERROR_LLAMA.
+ADL_API int32_t adl_vocab_shared(
+        const struct adl_llama * llama, const struct llama_model * teacher, const struct llama_model * proxy);
+
+//
+// Pair
+//
+
+// Both proxies: two models, two contexts.
+struct adl_pair;
+
+// Which threads evaluate the proxies. Either way no more threads run than the context parameters' n_threads: two at once
+// get half of them each.
+enum adl_concurrency {
+    // In turns on a CPU, where together they take as long as one after the other; where layers are offloaded, the first
+    // single-token batches are timed both ways and the faster is kept.
+    ADL_CONCURRENCY_AUTO  = 0,
+    ADL_CONCURRENCY_TURNS = 1, // one after the other, on the caller's thread
+    ADL_CONCURRENCY_BOTH  = 2, // at once, the second on a thread of the pair's own
+};
+
+struct adl_pair_params {
+    struct llama_model_params   model;   // for each half
+    struct llama_context_params context; // for each half: n_ctx at least the teacher's, n_batch and n_seq_max the teacher's
+    enum adl_concurrency        concurrency;
+};
+
+// llama.cpp's defaults, but n_outputs_max = n_outputs_max_per_seq = 1 (rows of logits a batch may ask for: they size the
+// compute buffer) and concurrency AUTO. `llama` must have passed adl_llama_check.
+ADL_API struct adl_pair_params adl_pair_default_params(const struct adl_llama * llama);
+
+// Opens a bundle for a teacher: reads, validates, loads both halves and compares the vocabularies.
+// The teacher's model is read during the call only. Free with adl_pair_free, after the samplers made of it.
+// Returns NULL on failure.
+ADL_API struct adl_pair * adl_pair_init(
+        const struct adl_llama * llama, const char * dir, const struct llama_model * teacher, struct adl_pair_params params);
+
+// Loads two files as halves, whatever their metadata say; for tools that make bundles or have validated them.
+// teacher == NULL: the pair decodes and gives logits and doses, but adjusts nothing, and delta_scale may be 0 (unknown).
+// Returns NULL on failure.
+ADL_API struct adl_pair * adl_pair_init_from_files(
+        const struct adl_llama * llama, const char * path_plus, const char * path_minus, double epsilon, double delta_scale,
+        const struct llama_model * teacher, struct adl_pair_params params);
+
+// Frees contexts and models. NULL is fine.
+ADL_API void adl_pair_free(struct adl_pair * pair);
+
+ADL_API uint32_t adl_pair_n_ctx   (const struct adl_pair * pair); // of each proxy, as llama.cpp rounded it
+ADL_API int32_t  adl_pair_n_vocab (const struct adl_pair * pair); // of the proxies
+ADL_API int32_t  adl_pair_n_shared(const struct adl_pair * pair); // leading ids shared with the teacher, 0 without one
+
+// The proxy at θ + sign εĝ, for reading: performance counters, saved states. Decoding in it parts the pair; a state set in
+// both is to be followed by adl_pair_touch.
+ADL_API struct llama_context * adl_pair_get_context(const struct adl_pair * pair, int32_t sign);
+ADL_API struct llama_model *   adl_pair_get_model  (const struct adl_pair * pair, int32_t sign);
+
+// Evaluates a batch in both proxies, as llama_decode: same tokens, positions, sequences and output flags as the teacher's.
+// Embeddings instead of tokens are refused.
+// Returns the number of output rows, or an error. An error sticks: until adl_pair_memory_clear the pair refuses to go on,
+// because its memory no longer is the teacher's.
+ADL_API int32_t adl_pair_decode(struct adl_pair * pair, struct llama_batch batch);
+
+// The sticky error in words, NULL if there is none. Valid until the next call that changes the pair.
+ADL_API const char * adl_pair_error(const struct adl_pair * pair);
+
+// Logits of the last decode's output rows in the order of the batch, n_rows × adl_pair_n_vocab; sign +1: z₊, −1: z₋.
+// NULL if there are none. Valid until the next decode.
+ADL_API const float * adl_pair_get_logits(struct adl_pair * pair, int32_t sign);
+
+// The memory operations of llama.h, on both proxies. They leave no rows to adjust.
+// seq_rm returns false where the memory cannot forget a part (recurrent models): clear it then, and decode afresh.
+ADL_API void adl_pair_memory_clear   (struct adl_pair * pair);
+ADL_API bool adl_pair_memory_seq_rm  (struct adl_pair * pair, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+ADL_API void adl_pair_memory_seq_cp  (struct adl_pair * pair, llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1);
+ADL_API void adl_pair_memory_seq_keep(struct adl_pair * pair, llama_seq_id seq_id);
+
+// Says that the host has replaced both memories (llama_state_set_data): rows and what samplers know of them are dropped.
+ADL_API void adl_pair_touch(struct adl_pair * pair);
+
+//
+// Adjustment
+//
+
+// By-products of adjusting one row.
+struct adl_row {
+    double  mean;         // E[Δ] under the proxy, softmax((z₊ + z₋) / 2); the dose of a token is Δ(token) − mean
+    double  kl;           // KL(adjusted ‖ teacher) at temperature 1, in nats
+    int32_t n_candidates; // tokens that passed the guard
+};
+
+// Adjusts one row of the teacher's logits in place.
+//   logits        (n_vocab) the teacher's
+//   plus, minus   (n_proxy) the proxies'
+//   n_shared      only ids below it are lifted; at most n_vocab and n_proxy
+//   lam           λ, in logits a unit of Δ; 0 leaves the row as it is, to the bit
+//   guard         share of the top token's probability that a token needs to be lifted, 0 (every token) to 1
+// Returns ADL_OK, ADL_ERROR_INPUT or ADL_ERROR_PROXY (a NaN or infinity where none may be). On an error neither the row nor
+// `out` is changed. Safe to call from any thread.
+ADL_API int32_t adl_adjust(
+        float * logits, int32_t n_vocab, const float * plus, const float * minus, int32_t n_proxy, int32_t n_shared,
+        double epsilon, double lam, double guard, struct adl_row * out);
+
+// Adjusts the teacher's rows of the batch that adl_pair_decode evaluated last, in place.
+//   logits     (n_rows × n_vocab of the teacher) llama_get_logits(teacher)
+//   n_rows     what adl_pair_decode returned
+//   strength   (n_rows) typical shift of a plausible token's logit, in nats, for each row; 0 leaves a row as it is
+//   rows       (n_rows) written on success
+// Returns ADL_OK or an error. On an error every row is closed: the teacher's end-of-generation tokens are all that can be
+// sampled. (A pair that was made without a teacher cannot know their number, and leaves the rows alone.)
+ADL_API int32_t adl_pair_adjust(
+        struct adl_pair * pair, float * logits, int32_t n_rows, const double * strength, double guard, struct adl_row * rows);
+
+// Δ(token) − E[Δ] of a token for a row of the last decode, adjusted or not. Summed over a text it is the text's dose: to
+// first order, how much a training step on it raises the proxy's loss. 0 for a token beyond the proxy's vocabulary, NaN if
+// the row is not there.
+ADL_API double adl_pair_dose(struct adl_pair * pair, int32_t row, llama_token token);
+
+//
+// Sampler
+//
+
+// A llama_sampler that evaluates the pair and adjusts the candidates' logits, for hosts that own their loop over one
+// sequence:
+//
+//     llama_sampler_chain_add(chain, adl_sampler_init(pair, 1.0, 0.05));   first, before samplers that drop candidates
+//     adl_sampler_set_prefix(llama_sampler_chain_get(chain, 0), prompt, n_prompt);
+//     ... llama_decode(teacher, ...); token = llama_sampler_sample(chain, teacher, -1); ...
+//
+// It evaluates the proxies on the prefix and the accepted tokens when it is applied, once a position: applied again
+// without an accept (grammar resampling) it uses what it has. Candidates are told by their id, so others may have been
+// dropped or sorted before; the guard and the centring are then over those that are left.
+//
+// Fails closed: when the pair cannot be evaluated, end-of-generation is all that can be sampled. Where a grammar rules
+// that out, before this sampler or after it, all tokens that it allows are equally likely: what is sampled then owes
+// nothing to the teacher, and llama.cpp, which ends the process when a grammar has to accept a token that it forbids, goes
+// on. (With a grammar and then a truncation before it, this sampler cannot know: put it before the truncation.) Ask
+// adl_sampler_error before showing a token.
+//
+// Ownership is llama.cpp's: a chain frees what was added to it, otherwise llama_sampler_free does. The pair must outlive it.
+//
+// Returns NULL on failure: strength not finite or negative, guard not within 0 and 1, a pair without teacher.
+ADL_API struct llama_sampler * adl_sampler_init(struct adl_pair * pair, double strength, double guard);
+
+// The tokens of the teacher's context so far, prompt and all. Forgets what was accepted, and an error. Tokens that the host
+// passes to llama_sampler_accept (llama_sampler_sample does) are appended: a host that accepts its prompt needs no prefix.
+// Returns ADL_OK, or ADL_ERROR_INPUT if `smpl` is no sampler of adlocal's.
+ADL_API int32_t adl_sampler_set_prefix(struct llama_sampler * smpl, const llama_token * tokens, size_t n_tokens);
+
+// The sticky error in words, NULL if there is none. llama_sampler_reset and set_prefix clear it.
+ADL_API const char * adl_sampler_error(const struct llama_sampler * smpl);
+
+// What protection did since the last reset or set_prefix.
+struct adl_dose {
+    int64_t n_tokens;    // tokens accepted after a position was evaluated
+    int64_t n_steerable; // those where at least two tokens passed the guard
+    double  total;       // Σ (Δ(x) − E[Δ]) over them
+    double  kl;          // Σ KL(adjusted ‖ teacher), nats
+};
+ADL_API struct adl_dose adl_sampler_get_dose(const struct llama_sampler * smpl);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif // ADLOCAL_H

@@ -1,0 +1,318 @@
+// Two passes over the vocabulary (the largest logits, then the sums of exponentials), and two more over the few blocks
+// that hold candidates. `omp simd` allows the compiler to reorder a reduction's terms, without which no float sum is
+// vectorized; a compiler that does not know it is slower, not wrong. Sums run over blocks that are short enough for float
+// accumulators, and are added up in double.
+
+#include "adjust.hpp"
+
+#include "error.hpp"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace adl {
+
+namespace {
+
+constexpr int32_t MAX_BLOCKS = 512; // of a row; their maxima are kept to skip blocks without candidates
+constexpr int32_t MIN_BLOCK  = 512;
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+// e^x for x ≤ 0, to 2 ulp; NaN stays NaN, and below −87 it is 1e-38 instead of 0. The polynomial is that of Cephes' expf.
+inline float exp_nonpositive(float x) {
+    constexpr float MAGIC = 12582912.0f; // 1.5 · 2²³: adding it rounds to an integer, which then lies in the low bits
+    x                     = x < -87.0f ? -87.0f : x;
+    const float t         = x * 1.44269504088896341f + MAGIC;
+    const float k         = t - MAGIC;
+    const float r         = (x - k * 0.693359375f) - k * -2.12194440e-4f;
+    float       y         = 1.9875691500e-4f;
+    y                     = y * r + 1.3981999507e-3f;
+    y                     = y * r + 8.3334519073e-3f;
+    y                     = y * r + 4.1665795894e-2f;
+    y                     = y * r + 1.6666665459e-1f;
+    y                     = y * r + 5.0000001201e-1f;
+    y                     = (y * r) * r + r + 1.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &t, sizeof bits);
+    bits = (bits + 127u) << 23; // MAGIC's own low bits are 0, its exponent is shifted out
+    float scale;
+    std::memcpy(&scale, &bits, sizeof scale);
+    return y * scale;
+}
+
+// Largest value of [begin, end), −inf if empty; NaN is passed over and has to be found by a sum.
+float max_of(const float * x, int32_t begin, int32_t end) {
+    float m = -INF;
+#pragma omp simd reduction(max : m)
+    for (int32_t i = begin; i < end; ++i) {
+        m = x[i] > m ? x[i] : m;
+    }
+    return m;
+}
+
+// Σ e^(x − top) over [begin, end).
+double exp_sum(const float * x, int32_t begin, int32_t end, float top) {
+    double total = 0;
+    for (; begin < end; begin += MIN_BLOCK) {
+        const int32_t stop = std::min(begin + MIN_BLOCK, end);
+        float         s    = 0;
+#pragma omp simd reduction(+ : s)
+        for (int32_t i = begin; i < stop; ++i) {
+            s += exp_nonpositive(x[i] - top);
+        }
+        total += s;
+    }
+    return total;
+}
+
+// A row's blocks, with the largest teacher's logit of each.
+struct Blocks {
+    int32_t size;
+    int32_t n; // of the shared ids
+    float   max[MAX_BLOCKS];
+
+    Blocks(const float * logits, int32_t n_shared) {
+        size = std::max(MIN_BLOCK, (n_shared + MAX_BLOCKS - 1) / MAX_BLOCKS);
+        n    = (n_shared + size - 1) / size;
+        for (int32_t b = 0; b < n; ++b) {
+            max[b] = max_of(logits, b * size, std::min((b + 1) * size, n_shared));
+        }
+    }
+};
+
+// One row's adjustment, step by step.
+class Row {
+  public:
+    Row(float * logits, int32_t n, const Proxies & proxies, int32_t n_shared, const Settings & settings)
+        : z_(logits), n_(n), plus_(proxies.plus), minus_(proxies.minus), n_shared_(n_shared), settings_(settings),
+          two_epsilon_(static_cast<float>(2 * settings.epsilon)), blocks_(logits, n_shared) {
+        top_ = std::max(max_of(blocks_.max, 0, blocks_.n), max_of(z_, n_shared_, n_));
+        if (!std::isfinite(top_)) {
+            throw Error{ADL_ERROR_PROXY, format("the teacher's largest logit is %g; the model or its quantization is broken", top_)};
+        }
+        floor_ = floor();
+    }
+
+    adl_row adjust(double mean) {
+        weigh();
+        adl_row row = {mean, 0.0, n_candidates_};
+        if (settings_.lam != 0 && n_candidates_ > 0) {
+            measure_shift();
+            row.kl = apply_shift();
+        }
+        return row;
+    }
+
+  private:
+    // Least float that is a candidate's logit: top + log(guard), rounded up. guard 0 keeps all but −inf.
+    float floor() const {
+        if (settings_.guard == 0) {
+            return -FLT_MAX;
+        }
+        const double exact = static_cast<double>(top_) + std::log(settings_.guard);
+        const auto   near  = static_cast<float>(exact);
+        return near < exact ? std::nextafter(near, INF) : near;
+    }
+
+    float delta(int32_t i) const { return (plus_[i] - minus_[i]) / two_epsilon_; }
+
+    template <typename Body>
+    void for_candidate_blocks(Body && body) const {
+        for (int32_t b = 0; b < blocks_.n; ++b) {
+            if (blocks_.max[b] >= floor_) {
+                body(b * blocks_.size, std::min((b + 1) * blocks_.size, n_shared_));
+            }
+        }
+    }
+
+    // Teacher's probability mass inside and outside of the candidates (times e^top), their number and mean Δ.
+    void weigh() {
+        for (int32_t b = 0; b < blocks_.n; ++b) {
+            const int32_t begin = b * blocks_.size, end = std::min(begin + blocks_.size, n_shared_);
+            if (blocks_.max[b] >= floor_) {
+                weigh_candidates(begin, end);
+            } else {
+                outside_ += exp_sum(z_, begin, end, top_);
+            }
+        }
+        outside_ += exp_sum(z_, n_shared_, n_, top_);
+        if (!std::isfinite(inside_ + outside_)) {
+            throw Error{ADL_ERROR_PROXY, "the teacher's logits are not numbers; the model or its quantization is broken"};
+        }
+        if (!std::isfinite(sum_delta_)) {
+            throw Error{ADL_ERROR_PROXY, format("Δ of token %d is not finite: a proxy gave NaN or inf; nothing emitted", first_bad())};
+        }
+        mean_delta_ = n_candidates_ > 0 ? sum_delta_ / n_candidates_ : 0.0;
+    }
+
+    void weigh_candidates(int32_t begin, int32_t end) {
+        const float *z = z_, *plus = plus_, *minus = minus_;
+        const float  floor = floor_, top = top_, two_epsilon = two_epsilon_;
+        float        in = 0, out = 0;
+        double       total = 0;
+        int32_t      count = 0;
+#pragma omp simd reduction(+ : in, out, total, count)
+        for (int32_t i = begin; i < end; ++i) {
+            const bool  candidate = z[i] >= floor;
+            const float e         = exp_nonpositive(z[i] - top);
+            const float delta     = (plus[i] - minus[i]) / two_epsilon;
+            in += candidate ? e : 0.0f;
+            out += candidate ? 0.0f : e;
+            total += candidate ? delta : 0.0f;
+            count += candidate ? 1 : 0;
+        }
+        inside_ += in;
+        outside_ += out;
+        sum_delta_ += total;
+        n_candidates_ += count;
+    }
+
+    int32_t first_bad() const {
+        int32_t i = 0;
+        while (i + 1 < n_shared_ && !(z_[i] >= floor_ && !std::isfinite(delta(i)))) {
+            ++i;
+        }
+        return i;
+    }
+
+    // Largest adjusted logit, less top, and whether all of them are floats.
+    void measure_shift() {
+        const float *z = z_, *plus = plus_, *minus = minus_;
+        const float  floor = floor_, top = top_, two_epsilon = two_epsilon_;
+        const double lam = settings_.lam, mean = mean_delta_;
+        float        peak = 0; // at least 0: a token that is no candidate may hold the top
+        int32_t      bad  = 0;
+        for_candidate_blocks([&](int32_t begin, int32_t end) {
+#pragma omp simd reduction(max : peak) reduction(+ : bad)
+            for (int32_t i = begin; i < end; ++i) {
+                const bool  candidate = z[i] >= floor;
+                const float delta     = (plus[i] - minus[i]) / two_epsilon;
+                const float after     = z[i] + static_cast<float>(lam * (static_cast<double>(delta) - mean));
+                const float over      = candidate ? after - top : 0.0f;
+                peak                  = over > peak ? over : peak;
+                bad += (candidate ? 1 : 0) & (std::fabs(after) <= FLT_MAX ? 0 : 1);
+            }
+        });
+        if (bad > 0) {
+            throw Error{ADL_ERROR_PROXY,
+                        format("λ = %g shifts a logit beyond float32; nothing emitted, ask for a smaller strength", lam)};
+        }
+        peak_ = peak;
+    }
+
+    // Writes the adjusted logits. Returns KL = Σ p' · shift − log(Z' / Z); both Z share the other tokens' mass.
+    double apply_shift() {
+        float *      z    = z_;
+        const float *plus = plus_, *minus = minus_;
+        const float  floor = floor_, top = top_, peak = peak_, two_epsilon = two_epsilon_;
+        const double lam = settings_.lam, mean = mean_delta_;
+        double       mass = 0, weighted = 0;
+        for_candidate_blocks([&](int32_t begin, int32_t end) {
+            float m = 0, w = 0;
+#pragma omp simd reduction(+ : m, w)
+            for (int32_t i = begin; i < end; ++i) {
+                const bool  candidate = z[i] >= floor;
+                const float delta     = (plus[i] - minus[i]) / two_epsilon;
+                const float shift     = static_cast<float>(lam * (static_cast<double>(delta) - mean));
+                const float after     = (z[i] - top - peak) + shift;
+                const float e         = exp_nonpositive(after < 0.0f ? after : 0.0f);
+                m += candidate ? e : 0.0f;
+                w += candidate ? e * (shift - peak) : 0.0f;
+                z[i] = candidate ? z[i] + shift : z[i];
+            }
+            mass += m;
+            weighted += w;
+        });
+        const double rest  = outside_ * std::exp(-static_cast<double>(peak_));
+        const double total = mass + rest;
+        return std::max(0.0, (weighted - rest * peak_) / total - std::log(total / (inside_ + outside_)));
+    }
+
+    float *        z_;
+    const int32_t  n_;
+    const float *  plus_;
+    const float *  minus_;
+    const int32_t  n_shared_;
+    const Settings settings_;
+    const float    two_epsilon_;
+    const Blocks   blocks_;
+
+    float   top_          = 0;
+    float   floor_        = 0;
+    double  inside_       = 0;
+    double  outside_      = 0;
+    double  sum_delta_    = 0;
+    double  mean_delta_   = 0;
+    int32_t n_candidates_ = 0;
+    float   peak_         = 0;
+};
+
+} // namespace
+
+void check_strength(double strength, double guard) {
+    if (!(strength >= 0 && std::isfinite(strength))) {
+        throw Error{ADL_ERROR_INPUT, format("strength=%g: give nats from 0 (the plain teacher) up, for example 1.0", strength)};
+    }
+    if (!(guard >= 0 && guard <= 1)) {
+        throw Error{ADL_ERROR_INPUT, format("guard=%g: give a share of the top token's probability, 0 (off) to 1, for example 0.05", guard)};
+    }
+}
+
+double expectation(const Proxies & p, double epsilon) {
+    const float *plus = p.plus, *minus = p.minus;
+    float        top = -INF;
+#pragma omp simd reduction(max : top)
+    for (int32_t i = 0; i < p.n; ++i) {
+        const float twice = plus[i] + minus[i];
+        top               = twice > top ? twice : top;
+    }
+    double mass = 0, weighted = 0;
+    for (int32_t begin = 0; begin < p.n; begin += MIN_BLOCK) {
+        const int32_t end = std::min(begin + MIN_BLOCK, p.n);
+        float         m = 0, w = 0;
+#pragma omp simd reduction(+ : m, w)
+        for (int32_t i = begin; i < end; ++i) {
+            const float twice = plus[i] + minus[i];
+            const float e     = exp_nonpositive(0.5f * (twice - top));
+            m += e;
+            w += twice < -FLT_MAX ? 0.0f : e * (plus[i] - minus[i]); // −inf has no weight and no Δ
+        }
+        mass += m;
+        weighted += w;
+    }
+    return weighted / mass / (2 * epsilon);
+}
+
+adl_row adjust(float * logits, int32_t n, const Proxies & proxies, int32_t n_shared, const Settings & settings, double mean) {
+    if (!std::isfinite(mean)) {
+        throw Error{ADL_ERROR_PROXY, "a proxy's logits are not numbers (NaN or inf); nothing emitted"};
+    }
+    return Row(logits, n, proxies, n_shared, settings).adjust(mean);
+}
+
+} // namespace adl
+
+int32_t adl_adjust(
+        float * logits, int32_t n_vocab, const float * plus, const float * minus, int32_t n_proxy, int32_t n_shared,
+        double epsilon, double lam, double guard, struct adl_row * out) {
+    return adl::status_of([&] {
+        if (logits == nullptr || plus == nullptr || minus == nullptr || out == nullptr) {
+            throw adl::Error{ADL_ERROR_INPUT, "adl_adjust: a pointer is NULL"};
+        }
+        if (n_shared < 1 || n_shared > n_vocab || n_shared > n_proxy) {
+            throw adl::Error{ADL_ERROR_INPUT, adl::format("n_shared=%d: give 1 to n_vocab=%d and n_proxy=%d", n_shared, n_vocab, n_proxy)};
+        }
+        if (!(std::isfinite(epsilon) && epsilon > 0) || !std::isfinite(lam) || !(guard >= 0 && guard <= 1)) {
+            throw adl::Error{ADL_ERROR_INPUT,
+                             adl::format("epsilon=%g, lam=%g, guard=%g: give a positive ε, a finite λ and a guard from 0 to 1",
+                                         epsilon, lam, guard)};
+        }
+        const adl::Proxies proxies = {plus, minus, n_proxy};
+        *out = adl::adjust(logits, n_vocab, proxies, n_shared, {epsilon, lam, guard}, adl::expectation(proxies, epsilon));
+        return static_cast<int32_t>(ADL_OK);
+    });
+}

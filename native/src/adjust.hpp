@@ -1,0 +1,33 @@
+// The equation, for one row.
+
+#pragma once
+
+#include "adlocal.h"
+
+#include <cstddef>
+
+namespace adl {
+
+struct Proxies {
+    const float * plus;
+    const float * minus;
+    int32_t       n; // vocabulary of both
+};
+
+struct Settings {
+    double epsilon;
+    double lam;   // λ
+    double guard; // 0 to 1
+};
+
+// Throws Error{ADL_ERROR_INPUT} unless strength is finite and not negative, and guard within 0 and 1.
+void check_strength(double strength, double guard);
+
+// E[Δ] under softmax((z₊ + z₋) / 2). NaN if any of the logits is NaN or +inf.
+double expectation(const Proxies & proxies, double epsilon);
+
+// Adjusts `logits` (n) in place, ids below n_shared only. Throws Error and changes nothing when a number is not finite that
+// has to be. `mean` is what expectation() gave.
+adl_row adjust(float * logits, int32_t n, const Proxies & proxies, int32_t n_shared, const Settings & settings, double mean);
+
+} // namespace adl

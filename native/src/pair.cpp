@@ -1,0 +1,399 @@
+#include "pair.hpp"
+
+#include "bundle.hpp"
+#include "error.hpp"
+#include "llama_table.hpp"
+#include "vocabulary.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace adl {
+
+namespace {
+
+// llama.cpp registers backends and devices while it loads, without locks: one model or context at a time.
+std::mutex creation;
+
+int32_t n_outputs(const llama_batch & batch) {
+    if (batch.logits == nullptr) {
+        return 1; // llama.h: only the last token is output
+    }
+    return static_cast<int32_t>(batch.n_tokens - std::count(batch.logits, batch.logits + batch.n_tokens, 0));
+}
+
+double checked_positive(const char * name, double value) {
+    if (!(std::isfinite(value) && value > 0)) {
+        throw Error{ADL_ERROR_INPUT, format("%s=%g: give a positive number", name, value)};
+    }
+    return value;
+}
+
+} // namespace
+
+Proxy::Proxy(const adl_llama & llama, const std::string & path, const adl_pair_params & params) : llama_(llama) {
+    const std::lock_guard<std::mutex> lock(creation);
+    model = llama_.llama_model_load_from_file(path.c_str(), params.model);
+    if (model == nullptr) {
+        throw Error{ADL_ERROR_MODEL, format("%s: llama.cpp cannot load this proxy; its log says why", path.c_str())};
+    }
+    const int32_t n_ctx_train = llama_.llama_model_n_ctx_train(model);
+    if (params.context.n_ctx > static_cast<uint32_t>(n_ctx_train)) {
+        close();
+        throw Error{ADL_ERROR_MODEL, format("n_ctx=%u exceeds the %d tokens that the proxy was trained for; "
+                                            "ask for a smaller n_ctx, or convert a proxy with a longer context",
+                                            params.context.n_ctx, n_ctx_train)};
+    }
+    context = llama_.llama_init_from_model(model, params.context);
+    memory  = context ? llama_.llama_get_memory(context) : nullptr;
+    if (memory == nullptr) {
+        close();
+        throw Error{ADL_ERROR_MODEL, format("%s: llama.cpp cannot make a context of n_ctx=%u, n_batch=%u for this proxy; its log says why",
+                                            path.c_str(), params.context.n_ctx, params.context.n_batch)};
+    }
+}
+
+Proxy::~Proxy() {
+    const std::lock_guard<std::mutex> lock(creation);
+    close();
+}
+
+void Proxy::close() noexcept {
+    if (context != nullptr) {
+        llama_.llama_free(context);
+    }
+    llama_.llama_model_free(model);
+}
+
+} // namespace adl
+
+using adl::Error;
+using adl::format;
+
+adl_pair::adl_pair(const adl_llama & table, const std::string & plus_path, const std::string & minus_path, double eps, double scale,
+                   const llama_model * teacher, const adl_pair_params & params)
+    : llama(table), epsilon(adl::checked_positive("epsilon", eps)), delta_scale(teacher ? adl::checked_positive("delta_scale", scale) : scale),
+      plus(llama, plus_path, params), minus(llama, minus_path, params),
+      n_vocab(llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(plus.model))),
+      n_shared(teacher ? adl::shared_vocabulary(llama, teacher, plus.model) : 0),
+      n_vocab_teacher(teacher ? llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(teacher)) : 0),
+      teacher_ends(teacher ? adl::end_tokens(llama, llama.llama_model_get_vocab(teacher)) : std::vector<llama_token>()),
+      n_batch_(static_cast<int32_t>(llama.llama_n_batch(plus.context))),
+      n_outputs_max_(params.context.n_outputs_max ? static_cast<int32_t>(params.context.n_outputs_max) : n_batch_),
+      concurrency_(llama, params, plus.context, minus.context) {
+    if (llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(minus.model)) != n_vocab) {
+        throw Error{ADL_ERROR_BUNDLE, format("%s and %s have vocabularies of different sizes; convert again", plus_path.c_str(),
+                                             minus_path.c_str())};
+    }
+}
+
+int32_t adl_pair::decode(const llama_batch & batch) {
+    if (*error) {
+        throw Error{ADL_ERROR_PROXY, error};
+    }
+    n_rows_  = 0;
+    follows_ = false;
+    try {
+        check(batch);
+        evaluate(batch);
+        const int32_t n = adl::n_outputs(batch);
+        rows_.assign(n, {std::numeric_limits<double>::quiet_NaN(), 0.0, 0});
+        return n_rows_ = n;
+    } catch (const Error & failure) {
+        std::strncpy(error, failure.message.c_str(), sizeof error - 1);
+        throw;
+    } catch (...) {
+        std::strncpy(error, "a proxy could not be evaluated: out of memory; no token was emitted", sizeof error - 1);
+        throw;
+    }
+}
+
+// What llama.cpp would refuse with a number, or end the process for.
+void adl_pair::check(const llama_batch & batch) const {
+    if (batch.token == nullptr) {
+        throw Error{ADL_ERROR_PROXY, "the batch holds embeddings (multimodal input does), which the proxies cannot evaluate; give tokens"};
+    }
+    if (batch.n_tokens < 1 || batch.n_tokens > n_batch_) {
+        throw Error{ADL_ERROR_PROXY, format("a batch of %d tokens, expected 1 to n_batch=%d of the pair", batch.n_tokens, n_batch_)};
+    }
+    if (adl::n_outputs(batch) > n_outputs_max_) {
+        throw Error{ADL_ERROR_PROXY, format("the batch asks for %d rows of logits; make the pair with a larger n_outputs_max than %d",
+                                            adl::n_outputs(batch), n_outputs_max_)};
+    }
+    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+        if (batch.token[i] < 0 || batch.token[i] >= n_vocab) {
+            throw Error{ADL_ERROR_PROXY, format("token %d is none of the proxy's %d; no token was emitted", batch.token[i], n_vocab)};
+        }
+    }
+}
+
+void adl_pair::evaluate(const llama_batch & batch) {
+    int32_t    code_plus = 0, code_minus = 0;
+    const auto decode_plus  = [&] { code_plus = llama.llama_decode(plus.context, batch); };
+    const auto decode_minus = [&] { code_minus = llama.llama_decode(minus.context, batch); };
+    concurrency_.run(batch.n_tokens == 1, decode_plus, decode_minus);
+    check_code(code_plus, "+ε");
+    check_code(code_minus, "−ε");
+}
+
+void adl_pair::check_code(int32_t code, const char * which) const {
+    if (code == 0) {
+        return;
+    }
+    const std::string why = code == 1 ? format(": no room in its context of %u tokens; ask for a larger n_ctx", llama.llama_n_ctx(plus.context))
+                                      : std::string();
+    throw Error{ADL_ERROR_PROXY,
+                format("the proxy at %s could not be evaluated: llama_decode returned %d%s; no token was emitted", which, code, why.c_str())};
+}
+
+void adl_pair::follow(const std::vector<llama_token> & tokens) {
+    if (tokens.empty()) {
+        throw Error{ADL_ERROR_PROXY, "nothing to evaluate: tell the sampler the prompt with adl_sampler_set_prefix"};
+    }
+    for (int32_t done = keep_prefix(tokens), n = static_cast<int32_t>(tokens.size()); done < n;) {
+        const int32_t chunk = std::min(n - done, n_batch_);
+        append(tokens.data() + done, chunk);
+        done += chunk;
+    }
+}
+
+// Drops what is not a prefix of `tokens`, and at least the last token, whose row is wanted. Returns how many are left.
+int32_t adl_pair::keep_prefix(const std::vector<llama_token> & tokens) {
+    if (*error || !follows_) {
+        clear();
+    }
+    const auto   end  = std::mismatch(tokens_.begin(), tokens_.begin() + std::min(tokens_.size(), tokens.size() - 1), tokens.begin()).first;
+    const size_t keep = end - tokens_.begin();
+    if (keep == tokens_.size()) {
+        return static_cast<int32_t>(keep);
+    }
+    if (keep == 0 || !seq_rm(0, static_cast<llama_pos>(keep), -1)) {
+        clear(); // recurrent memory cannot forget a part
+        return 0;
+    }
+    tokens_.resize(keep);
+    follows_ = true;
+    return static_cast<int32_t>(keep);
+}
+
+// Decodes tokens that continue sequence 0. The last of them is an output, as in llama-cpp-python.
+void adl_pair::append(const llama_token * tokens, int32_t n) {
+    std::vector<llama_token>    token(tokens, tokens + n);
+    std::vector<llama_pos>      pos(n);
+    std::vector<int32_t>        n_seq_id(n, 1);
+    llama_seq_id                zero = 0;
+    std::vector<llama_seq_id *> seq_id(n, &zero);
+    std::vector<int8_t>         logits(n, 0);
+    for (int32_t i = 0; i < n; ++i) {
+        pos[i] = static_cast<llama_pos>(tokens_.size()) + i;
+    }
+    logits.back() = 1;
+    tokens_.insert(tokens_.end(), tokens, tokens + n);
+    decode({n, token.data(), nullptr, pos.data(), n_seq_id.data(), seq_id.data(), logits.data()});
+    follows_ = true;
+}
+
+void adl_pair::clear() noexcept {
+    llama.llama_memory_clear(plus.memory, true);
+    llama.llama_memory_clear(minus.memory, true);
+    tokens_.clear();
+    follows_ = true;
+    n_rows_  = 0;
+    *error   = '\0';
+}
+
+bool adl_pair::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    touch();
+    const bool removed_plus = llama.llama_memory_seq_rm(plus.memory, seq_id, p0, p1);
+    return llama.llama_memory_seq_rm(minus.memory, seq_id, p0, p1) && removed_plus;
+}
+
+void adl_pair::touch() noexcept {
+    n_rows_  = 0;
+    follows_ = false;
+}
+
+const float * adl_pair::logits(const adl::Proxy & proxy) {
+    return n_rows_ > 0 ? llama.llama_get_logits(proxy.context) : nullptr;
+}
+
+void adl_pair::adjust(float * logits, int32_t n_rows, const double * strength, double guard, adl_row * rows) {
+    if (n_vocab_teacher == 0) {
+        throw Error{ADL_ERROR_INPUT, "this pair was made without a teacher and adjusts nothing; give the teacher's model when making it"};
+    }
+    try {
+        if (n_rows < 1 || n_rows != n_rows_) {
+            throw Error{ADL_ERROR_PROXY, format("%d rows to adjust, and the pair has evaluated %d; decode the teacher's batch in the pair first",
+                                                n_rows, n_rows_)};
+        }
+        for (int32_t row = 0; row < n_rows; ++row) {
+            adjust_row(logits + static_cast<size_t>(row) * n_vocab_teacher, row, strength[row], guard);
+        }
+        std::copy_n(rows_.begin(), n_rows, rows);
+    } catch (...) {
+        for (int32_t row = 0; row < n_rows; ++row) {
+            close_row(logits + static_cast<size_t>(row) * n_vocab_teacher);
+        }
+        throw;
+    }
+}
+
+void adl_pair::adjust_row(float * row_logits, int32_t row, double strength, double guard) {
+    adl::check_strength(strength, guard);
+    const adl::Proxies both = proxies(row);
+    const double       mean = adl::expectation(both, epsilon);
+    rows_[row] = adl::adjust(row_logits, n_vocab_teacher, both, n_shared, {epsilon, strength / delta_scale, guard}, mean);
+}
+
+adl::Proxies adl_pair::proxies(int32_t row) {
+    const size_t first = static_cast<size_t>(row) * n_vocab;
+    return {logits(plus) + first, logits(minus) + first, n_vocab};
+}
+
+void adl_pair::close_row(float * logits) const noexcept {
+    std::fill_n(logits, n_vocab_teacher, adl::CLOSED);
+    for (const llama_token token : teacher_ends) {
+        logits[token] = 0.0f;
+    }
+}
+
+double adl_pair::dose(int32_t row, llama_token token) noexcept {
+    if (row < 0 || row >= n_rows_ || token < 0) {
+        return std::numeric_limits<double>::quiet_NaN();
+    }
+    if (token >= n_vocab) {
+        return 0.0;
+    }
+    const adl::Proxies both = proxies(row);
+    if (std::isnan(rows_[row].mean)) { // not adjusted
+        rows_[row].mean = adl::expectation(both, epsilon);
+    }
+    return static_cast<double>((both.plus[token] - both.minus[token]) / static_cast<float>(2 * epsilon)) - rows_[row].mean;
+}
+
+namespace {
+
+adl_pair * make_pair(const adl_llama * llama, const std::string & plus, const std::string & minus, double epsilon, double delta_scale,
+                     const llama_model * teacher, const adl_pair_params & params) {
+    return new adl_pair(*llama, plus, minus, epsilon, delta_scale, teacher, params);
+}
+
+// Calls `body` unless the pair is NULL.
+template <typename Body>
+int32_t with(adl_pair * pair, Body && body) {
+    return adl::status_of([&]() -> int32_t {
+        if (pair == nullptr) {
+            throw Error{ADL_ERROR_INPUT, "the pair is NULL: adl_pair_init failed, and adl_last_error said why"};
+        }
+        return body();
+    });
+}
+
+} // namespace
+
+struct adl_pair_params adl_pair_default_params(const struct adl_llama * llama) {
+    adl_pair_params params = {llama->llama_model_default_params(), llama->llama_context_default_params(), ADL_CONCURRENCY_AUTO};
+    params.context.n_outputs_max = params.context.n_outputs_max_per_seq = 1;
+    return params;
+}
+
+struct adl_pair * adl_pair_init(
+        const struct adl_llama * llama, const char * dir, const struct llama_model * teacher, struct adl_pair_params params) {
+    return adl::guarded<adl_pair *>(nullptr, [&] {
+        adl::check(llama);
+        if (teacher == nullptr) {
+            throw Error{ADL_ERROR_INPUT, "adl_pair_init: the teacher is NULL"};
+        }
+        const adl_bundle bundle = adl::read_bundle(*llama, dir);
+        return make_pair(llama, adl::plus_path(dir), adl::minus_path(dir), bundle.epsilon, bundle.delta_scale, teacher, params);
+    });
+}
+
+struct adl_pair * adl_pair_init_from_files(
+        const struct adl_llama * llama, const char * path_plus, const char * path_minus, double epsilon, double delta_scale,
+        const struct llama_model * teacher, struct adl_pair_params params) {
+    return adl::guarded<adl_pair *>(nullptr, [&] {
+        adl::check(llama);
+        if (path_plus == nullptr || path_minus == nullptr) {
+            throw Error{ADL_ERROR_INPUT, "adl_pair_init_from_files: a path is NULL"};
+        }
+        return make_pair(llama, path_plus, path_minus, epsilon, delta_scale, teacher, params);
+    });
+}
+
+void adl_pair_free(struct adl_pair * pair) {
+    delete pair;
+}
+
+uint32_t adl_pair_n_ctx(const struct adl_pair * pair) {
+    return pair->llama.llama_n_ctx(pair->plus.context);
+}
+
+int32_t adl_pair_n_vocab(const struct adl_pair * pair) {
+    return pair->n_vocab;
+}
+
+int32_t adl_pair_n_shared(const struct adl_pair * pair) {
+    return pair->n_shared;
+}
+
+struct llama_context * adl_pair_get_context(const struct adl_pair * pair, int32_t sign) {
+    return sign > 0 ? pair->plus.context : pair->minus.context;
+}
+
+struct llama_model * adl_pair_get_model(const struct adl_pair * pair, int32_t sign) {
+    return sign > 0 ? pair->plus.model : pair->minus.model;
+}
+
+int32_t adl_pair_decode(struct adl_pair * pair, struct llama_batch batch) {
+    return with(pair, [&] { return pair->decode(batch); });
+}
+
+const char * adl_pair_error(const struct adl_pair * pair) {
+    return *pair->error ? pair->error : nullptr;
+}
+
+const float * adl_pair_get_logits(struct adl_pair * pair, int32_t sign) {
+    return pair->logits(sign > 0 ? pair->plus : pair->minus);
+}
+
+void adl_pair_memory_clear(struct adl_pair * pair) {
+    pair->clear();
+}
+
+bool adl_pair_memory_seq_rm(struct adl_pair * pair, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    return pair->seq_rm(seq_id, p0, p1);
+}
+
+void adl_pair_memory_seq_cp(struct adl_pair * pair, llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) {
+    pair->touch();
+    pair->llama.llama_memory_seq_cp(pair->plus.memory, src, dst, p0, p1);
+    pair->llama.llama_memory_seq_cp(pair->minus.memory, src, dst, p0, p1);
+}
+
+void adl_pair_memory_seq_keep(struct adl_pair * pair, llama_seq_id seq_id) {
+    pair->touch();
+    pair->llama.llama_memory_seq_keep(pair->plus.memory, seq_id);
+    pair->llama.llama_memory_seq_keep(pair->minus.memory, seq_id);
+}
+
+void adl_pair_touch(struct adl_pair * pair) {
+    pair->touch();
+}
+
+int32_t adl_pair_adjust(
+        struct adl_pair * pair, float * logits, int32_t n_rows, const double * strength, double guard, struct adl_row * rows) {
+    return with(pair, [&] {
+        if (logits == nullptr || strength == nullptr || rows == nullptr) {
+            throw Error{ADL_ERROR_INPUT, "adl_pair_adjust: a pointer is NULL"};
+        }
+        pair->adjust(logits, n_rows, strength, guard, rows);
+        return static_cast<int32_t>(ADL_OK);
+    });
+}
+
+double adl_pair_dose(struct adl_pair * pair, int32_t row, llama_token token) {
+    return pair->dose(row, token);
+}

@@ -1,0 +1,98 @@
+// The pair: both proxies in two llama.cpp contexts that evaluate the same tokens.
+
+#pragma once
+
+#include "adjust.hpp"
+#include "adlocal.h"
+#include "concurrency.hpp"
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+// One proxy: its model and context, freed together.
+namespace adl {
+
+class Proxy {
+  public:
+    Proxy(const adl_llama & llama, const std::string & path, const adl_pair_params & params);
+    ~Proxy();
+    Proxy(const Proxy &)             = delete;
+    Proxy & operator=(const Proxy &) = delete;
+
+    llama_model *   model   = nullptr;
+    llama_context * context = nullptr;
+    llama_memory_t  memory  = nullptr;
+
+  private:
+    void close() noexcept;
+
+    const adl_llama & llama_;
+};
+
+} // namespace adl
+
+// What adlocal.h calls a pair. Methods throw adl::Error.
+struct adl_pair {
+  public:
+    adl_pair(const adl_llama & llama, const std::string & plus, const std::string & minus, double epsilon, double delta_scale,
+             const llama_model * teacher, const adl_pair_params & params);
+
+    // Number of output rows. Whatever fails sticks until clear().
+    int32_t decode(const llama_batch & batch);
+
+    // Makes sequence 0 hold exactly `tokens` and evaluates the row that follows them: keeps the common prefix, drops the
+    // rest, decodes what is new. Starts afresh when something else has used the pair, or after an error.
+    void follow(const std::vector<llama_token> & tokens);
+
+    void clear() noexcept;
+    bool seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    void touch() noexcept;
+
+    // Adjusts n_rows rows in place, or throws and leaves them closed.
+    void adjust(float * logits, int32_t n_rows, const double * strength, double guard, adl_row * rows);
+
+    // Makes end-of-generation all that a row can be sampled for.
+    void close_row(float * logits) const noexcept;
+
+    double        dose(int32_t row, llama_token token) noexcept;
+    const float * logits(const adl::Proxy & proxy);
+
+    const adl_llama          llama;
+    const double             epsilon;
+    const double             delta_scale;
+    const adl::Proxy         plus;
+    const adl::Proxy         minus;
+    const int32_t            n_vocab;         // of the proxies
+    const int32_t            n_shared;        // with the teacher; 0 without one
+    const int32_t            n_vocab_teacher; // 0 without one
+    const std::vector<llama_token> teacher_ends;
+    std::mutex               mutex;           // held by samplers
+    char                     error[1024] = ""; // the sticky one
+
+  private:
+    void    check(const llama_batch & batch) const;
+    void    evaluate(const llama_batch & batch);
+    void    check_code(int32_t code, const char * which) const;
+    int32_t keep_prefix(const std::vector<llama_token> & tokens);
+    void    append(const llama_token * tokens, int32_t n);
+    adl::Proxies proxies(int32_t row);
+    void    adjust_row(float * logits, int32_t row, double strength, double guard);
+
+    const int32_t            n_batch_;
+    const int32_t            n_outputs_max_;
+    adl::Concurrency         concurrency_;
+    int32_t                  n_rows_ = 0;
+    std::vector<adl_row>     rows_;
+    bool                     follows_ = true; // sequence 0 holds exactly tokens_, and there is no other
+    std::vector<llama_token> tokens_;
+};
+
+namespace adl {
+
+// The logit of a token that cannot be sampled from a closed row. Not −inf: a grammar that forbids the only other tokens
+// would leave nothing, and llama.cpp ends the process then.
+constexpr float CLOSED = -1e9f;
+
+} // namespace adl
