@@ -24,27 +24,27 @@ from .errors import ModelError
 # The library that llama-cpp-python has already loaded, reached through libllama, which depends on it: a wheel holds
 # copies where a build has symbolic links, and opening another name would load a second ggml, whose log is not ours.
 # Windows looks up no dependencies, but opens one file a name.
-_ggml = (
+ggml = (
     libllama
     if hasattr(libllama, "gguf_init_from_file")
     else load_shared_library("ggml-base", Path(llama_cpp.__file__).parent / "lib")
 )
 
 
-class _InitParams(ctypes.Structure):
+class InitParams(ctypes.Structure):
     """struct gguf_init_params"""
 
     _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
 
 
 def _function(name: str, restype: Any, *argtypes: Any) -> Any:
-    function = getattr(_ggml, name)
+    function = getattr(ggml, name)
     function.restype, function.argtypes = restype, argtypes
     return function
 
 
 _p, _i64, _str = ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p
-_init_from_file = _function("gguf_init_from_file", _p, _str, _InitParams)
+_init_from_file = _function("gguf_init_from_file", _p, _str, InitParams)
 _free = _function("gguf_free", None, _p)
 _get_n_kv = _function("gguf_get_n_kv", _i64, _p)
 _get_key = _function("gguf_get_key", _str, _p, _i64)
@@ -99,7 +99,7 @@ class GGUFHeader:
         if not self.path.is_file():
             raise ModelError(f"{self.path}: no such file; give the path of a GGUF file")
         with captured_log() as log:
-            context = _init_from_file(os.fsencode(self.path), _InitParams(no_alloc=True, ctx=None))
+            context = _init_from_file(os.fsencode(self.path), InitParams(no_alloc=True, ctx=None))
         if not context:
             raise ModelError(f"{self.path}: not a readable GGUF file ({last_line(log)}); download or convert it again")
         try:

@@ -46,10 +46,13 @@ def expectation(z_plus: Floats, z_minus: Floats, delta_row: Floats) -> float:
     """E[Δ] under the proxy, softmax((z₊ + z₋) / 2): Δ(x) − E[Δ] is the derivative of log p(x) along ĝ.
 
     Summed over a text it is the text's dose: ⟨ĝ, ∇ log p(text)⟩, the rise of the loss from a small training step on it.
+    A token at −inf in a half has no weight. NaN if a logit is NaN or +inf, which means that nothing may be sampled.
     """
     middle = (z_plus + z_minus) * np.float32(0.5)
-    p = np.exp(middle - np.max(middle))
-    return float(np.dot(p, delta_row) / np.sum(p))
+    with np.errstate(invalid="ignore"):
+        p = np.exp(middle - np.max(middle))
+        weighted = np.where(middle == -np.inf, 0, p * delta_row)
+    return float(np.sum(weighted) / np.sum(p))
 
 
 def candidates(z_teacher: Floats, guard: float, n_shared: int | None = None) -> npt.NDArray[np.intp]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import json
 import statistics
@@ -14,15 +15,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import llama_cpp
-from llama_cpp._internals import LlamaBatch, LlamaContext
+import numpy as np
+from llama_cpp._internals import LlamaBatch
 from tqdm import tqdm
 
-from .errors import InputError
+from . import _native, adjust
+from .bundle import DEFAULT_GUARD
+from .errors import InputError, ProxyError
 from .generate import open_plain, open_protected
 from .llama import AntidistillationLlama
 
 _PROMPT = "Once upon a time, in a small town by the sea, there lived an old clockmaker who"
 _ROUNDS = 5
+N_LARGE = 152_064
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Bench:
         protected, strength_0: `AntidistillationLlama.generate`.
         ideal: sum of the three contexts' bare `llama_decode` times, each context run alone.
         in_turns: the same three, a token of each in turns, as protection has to: three models share the caches then.
-        adjustment: of one row, all of it.
+        adjustment, adjustment_numpy: of one row of N_LARGE tokens, by the native core and by its oracle.
         peak_bytes: resident memory with plain and protected model loaded.
     """
 
@@ -44,6 +49,7 @@ class Bench:
     ideal: float
     in_turns: float
     adjustment: float
+    adjustment_numpy: float
     peak_bytes: int
 
     def report(self) -> dict[str, float]:
@@ -53,6 +59,7 @@ class Bench:
             "protected_of_in_turns": self.in_turns / self.protected,
             "protected_of_plain": self.plain / self.protected,
             "strength_0_of_plain": self.plain / self.strength_0,
+            "native_of_numpy": self.adjustment / self.adjustment_numpy,
         }
         return {**asdict(self), **ratios}
 
@@ -66,15 +73,17 @@ def run(args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace) -> Bench:
     """Times each contestant for `-n` tokens, in turns, so that a drift of the machine hits all alike."""
     with closing(open_plain(args)) as plain, closing(open_protected(args)) as llm:
-        n, pair = args.n_predict, llm.pair
+        n, pair, row = args.n_predict, llm.pair, _LargeRow()
         _check(args, llm)
+        contexts = [plain.ctx, *pair.contexts]
         contestants: dict[str, Callable[[], float]] = {
             "plain": lambda: _generate(plain, n),
             "protected": lambda: _generate(llm, n),
             "strength_0": lambda: _generate(llm, n, strength=0.0),
-            "ideal": lambda: sum(_decode([context], n) for context in (plain._ctx, pair.plus, pair.minus)),
-            "in_turns": lambda: _decode([plain._ctx, pair.plus, pair.minus], n),
-            "adjustment": lambda: _adjust(llm),
+            "ideal": lambda: sum(_decode([context], n) for context in contexts),
+            "in_turns": lambda: _decode(contexts, n),
+            "adjustment": row.native,
+            "adjustment_numpy": row.numpy,
         }
         times: dict[str, list[float]] = {name: [] for name in contestants}
         turns = [name for _ in range(_ROUNDS + 1) for name in contestants]
@@ -111,7 +120,8 @@ def describe(result: Bench) -> str:
         ),
     ]
     lines = [f"{name:36} {1 / seconds:8.1f} tokens/s  {note}" for name, seconds, note in rows]
-    lines.append(f"{'adjustment of a row, numpy':36} {result.adjustment * 1e3:8.3f} ms")
+    for name, seconds in (("native", result.adjustment), ("numpy", result.adjustment_numpy)):
+        lines.append(f"{f'adjustment of {N_LARGE} logits, {name}':36} {seconds * 1e3:8.3f} ms")
     lines.append(f"{'peak resident memory, plain + protected':36} {result.peak_bytes / 2**20:8.0f} MiB")
     return "\n".join(lines)
 
@@ -127,10 +137,10 @@ def _generate(llm: llama_cpp.Llama, n: int, **kwargs: Any) -> float:
     return (time.perf_counter() - started) / n
 
 
-def _decode(contexts: Sequence[LlamaContext], n: int) -> float:
+def _decode(contexts: Sequence[Any], n: int) -> float:
     """Seconds for a token of every context with bare `llama_decode`, one token of each in turns."""
     for context in contexts:
-        context.kv_cache_clear()
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
     with closing(LlamaBatch(n_tokens=1, embd=0, n_seq_max=1, verbose=False)) as batch:
         started = 0.0
         for i in range(n + 1):
@@ -138,19 +148,40 @@ def _decode(contexts: Sequence[LlamaContext], n: int) -> float:
                 started = time.perf_counter()
             batch.set_batch([i % 100], i, False)
             for context in contexts:
-                context.decode(batch)
-                context.get_logits()
+                if llama_cpp.llama_decode(context, batch.batch) != 0:
+                    raise ProxyError("llama_decode failed in bench; nothing was measured")
+                llama_cpp.llama_get_logits(context)
     return (time.perf_counter() - started) / n
 
 
-def _adjust(llm: AntidistillationLlama, n: int = 20) -> float:
-    """Seconds to adjust one row, everything between the proxies' logits and the adjusted ones."""
-    llm.reset()
-    next(llm.generate(llm.tokenize(_PROMPT.encode()), temp=0.0))
-    started = time.perf_counter()
-    for _ in range(n):
-        llm._lockstep.adjust_rows(1)
-    return (time.perf_counter() - started) / n
+class _LargeRow:
+    """A row of the largest vocabulary in use (Qwen2.5's), with forty plausible tokens."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        self.z, self.plus = rng.normal(size=(2, N_LARGE)).astype(np.float32) * 3
+        self.minus = self.plus + rng.normal(size=N_LARGE).astype(np.float32) / 100
+        self.z[:: N_LARGE // 40] += 14
+
+    def native(self, n: int = 50) -> float:
+        """Seconds to adjust it in the native core, dose and KL among it."""
+        lib, out = _native.library(), _native.RowStruct()
+        started = time.perf_counter()
+        for _ in range(n):
+            z, plus, minus = (
+                row.ctypes.data_as(ctypes.POINTER(ctypes.c_float)) for row in (self.z, self.plus, self.minus)
+            )
+            _native.check(lib.adl_adjust(z, N_LARGE, plus, minus, N_LARGE, N_LARGE, 0.01, 1.0, DEFAULT_GUARD, out))
+        return (time.perf_counter() - started) / n
+
+    def numpy(self, n: int = 5) -> float:
+        """The same by the oracle."""
+        started = time.perf_counter()
+        for _ in range(n):
+            delta = adjust.delta(self.plus, self.minus, 0.01)
+            adjust.expectation(self.plus, self.minus, delta)
+            adjust.adjust(self.z, delta, lam=1.0, guard=DEFAULT_GUARD)
+        return (time.perf_counter() - started) / n
 
 
 def peak_bytes() -> int:

@@ -38,10 +38,10 @@ class Dose:
         """Mean KL(adjusted ‖ teacher) a token, nats."""
         return self.kl / self.n_tokens if self.n_tokens else 0.0
 
-    def add(self, row: Row, token: int) -> None:
-        """Counts a token sampled from `row`."""
+    def add(self, row: Row, dose: float | None) -> None:
+        """Counts a token sampled from `row`; `dose` is its Δ − E[Δ], None at strength 0."""
         self.n_tokens += 1
         self.n_steerable += row.n_candidates > 1
         self.kl += row.kl
-        if row.evaluated is not None:
-            self.total = (self.total or 0.0) + row.evaluated.dose(token)
+        if dose is not None:
+            self.total = (self.total or 0.0) + dose

@@ -7,6 +7,7 @@ AdlocalError
 │   ├── VocabularyError   teacher and proxy do not share a vocabulary
 │   └── TraceError        a trace file cannot be read, or a trace has nothing to learn from
 ├── ConversionError       the input was usable and the conversion failed: no bundle was written
+├── NativeError           the native library is missing or does not fit: nothing can be protected
 └── ProxyError            a proxy could not be evaluated: no token was emitted
 """
 
@@ -42,6 +43,10 @@ class TraceError(InputError):
 
 class ConversionError(AdlocalError):
     """The conversion failed or its result is not worth shipping. No bundle was written."""
+
+
+class NativeError(AdlocalError):
+    """The native library was not built, belongs to another adlocal or llama.cpp, or ran out of memory."""
 
 
 class ProxyError(AdlocalError):

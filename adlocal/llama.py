@@ -18,7 +18,6 @@ from .dose import Dose
 from .errors import InputError, ModelError
 from .lockstep import LockstepContext, Settings
 from .pair import PairState, ProxyPair
-from .vocabulary import shared_vocabulary
 
 
 class ProtectedState(LlamaState):
@@ -87,12 +86,11 @@ class AntidistillationLlama(llama_cpp.Llama):
         self.last_dose = Dose(settings.strength, settings.guard)
         try:
             pair = self._open_pair()
-            self._stack.callback(pair.close)
-            n_shared = shared_vocabulary(self._model, pair.plus.model)
         except BaseException:
             self.close()
             raise
-        self._lockstep = LockstepContext(self._ctx, pair, n_shared, settings)
+        self._stack.callback(pair.close)
+        self._lockstep = LockstepContext(self._ctx, pair, settings)
         self._n_ctx = len(self.input_ids)  # llama.cpp rounds n_ctx up, Llama's own buffers do not
         self._ctx = self._lockstep  # type: ignore[assignment]  # it offers what Llama asks of a context
         self.pair = pair
@@ -112,6 +110,7 @@ class AntidistillationLlama(llama_cpp.Llama):
         layers, threads = own["proxy_n_gpu_layers"], own["proxy_n_threads"]
         return ProxyPair.open(
             own["bundle"],
+            teacher=self._model,
             n_ctx=len(self.input_ids),  # as asked for; llama.cpp rounds it up alike for all three
             n_batch=self.n_batch,
             n_outputs=self.n_batch if self._logits_all else 1,
@@ -173,7 +172,7 @@ class AntidistillationLlama(llama_cpp.Llama):
         self.last_dose = Dose(settings.strength, settings.guard)
         if settings != self._lockstep.evaluated_with:
             self._forget_rows(keep_context=not kwargs.get("reset", True))
-        elif not self._lockstep.rows:  # after a failure: the prompt may be cached, but there is nothing to sample from
+        elif not self._lockstep.has_rows():  # after a failure: the prompt may be cached, but nothing to sample from
             self._requires_eval = True
         yield from super().generate(tokens, *args, **kwargs)
 
@@ -194,7 +193,7 @@ class AntidistillationLlama(llama_cpp.Llama):
         row = self._lockstep.row(self.n_tokens - 1 if idx is None else idx)
         kwargs["idx"] = idx
         token = int(super().sample(*args, **kwargs))
-        self.last_dose.add(row, token)
+        self.last_dose.add(row, self._lockstep.dose(row, token))
         return token
 
     def reset(self) -> None:

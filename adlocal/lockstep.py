@@ -9,12 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from llama_cpp._internals import LlamaBatch, LlamaContext
 
-from .adjust import adjust
 from .errors import ProxyError
-from .pair import DeltaRow, PairState, ProxyPair, n_outputs
+from .pair import PairState, ProxyPair
 
 
 @dataclass(frozen=True)
@@ -27,9 +25,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Row:
-    """One adjusted row of the last decode: Δ and E[Δ] (None at strength 0), KL, and how many tokens were steered."""
+    """One adjusted row of the last decode: its place in it, KL, and how many tokens were steered."""
 
-    evaluated: DeltaRow | None
+    index: int
     kl: float
     n_candidates: int
 
@@ -47,10 +45,10 @@ class LockstepContext:
     # Reads that no adjustment depends on.
     _DELEGATED = frozenset({"ctx", "model", "params", "n_ctx", "pooling_type", "reset_timings", "print_timings"})
 
-    def __init__(self, teacher: LlamaContext, pair: ProxyPair, n_shared: int, settings: Settings) -> None:
+    def __init__(self, teacher: LlamaContext, pair: ProxyPair, settings: Settings) -> None:
         self._teacher = teacher
         self._pair = pair
-        self._n_shared = n_shared
+        self._in_step = pair.serial  # the pair's serial number when it held the teacher's tokens; -1: it lags behind
         self.settings = self.evaluated_with = settings
         self.tokens: list[int] = []
         self.rows: list[Row] = []
@@ -74,13 +72,20 @@ class LockstepContext:
         """
         self.rows = []
         start, tokens = self._sequence(batch)
-        if self.settings.strength > 0:
-            self._pair.sync(self.tokens[:start])
+        protect = self.settings.strength > 0
+        if protect:
+            self._follow(start)
             self._pair.decode(batch)
         self._teacher.decode(batch)
         self.tokens[start:] = tokens
-        self.rows = self.adjust_rows(n_outputs(batch))
+        self._in_step = self._pair.serial if protect else -1
+        self.rows = self.adjust_rows() if protect else [Row(i, 0.0, 0) for i in range(_n_outputs(batch))]
         self.evaluated_with = self.settings
+
+    def _follow(self, start: int) -> None:
+        """Brings the pair to the teacher's first `start` tokens, at no cost where nothing but decoding has happened."""
+        if self._in_step != self._pair.serial or start != len(self.tokens):
+            self._pair.sync(self.tokens[:start])
 
     def get_logits(self) -> Any:
         """The adjusted rows of the last decode, as `llama_get_logits`."""
@@ -89,8 +94,12 @@ class LockstepContext:
 
     def require_rows(self) -> None:
         """Refuses to go on unless the logits at hand were adjusted with the present settings."""
-        if not self.rows or self.evaluated_with != self.settings:
+        if not self.has_rows() or self.evaluated_with != self.settings:
             raise ProxyError("no logits were evaluated with the present strength and guard; evaluate a token first")
+
+    def has_rows(self) -> bool:
+        """Whether there are rows to sample from, and the pair still holds theirs."""
+        return bool(self.rows) and self._in_step in (-1, self._pair.serial)
 
     def row(self, position: int) -> Row:
         """The adjusted row that the token after `position` is sampled from."""
@@ -102,12 +111,17 @@ class LockstepContext:
             )
         return self.rows[-back]
 
+    def dose(self, row: Row, token: int) -> float | None:
+        """Δ(token) − E[Δ] for a row; None at strength 0, where the pair is not evaluated."""
+        return self._pair.dose(row.index, token) if self.evaluated_with.strength > 0 else None
+
     def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
         """Forgets the positions from p0 on. The pair follows at its next decode."""
         if p1 >= 0:
             raise ProxyError(f"removing positions {p0} to {p1} would shift the context; protection needs it whole")
         removed = bool(self._teacher.kv_cache_seq_rm(seq_id, p0, p1))
         if removed:
+            self._in_step = -1
             del self.tokens[max(p0, 0) :]
         return removed
 
@@ -115,7 +129,7 @@ class LockstepContext:
         """Empties the teacher's memory and the pair's."""
         self._teacher.kv_cache_clear()
         self._pair.clear()
-        self.tokens, self.rows = [], []
+        self.tokens, self.rows, self._in_step = [], [], self._pair.serial
 
     def pair_state(self) -> PairState:
         """The pair's memory as it is. It may lag behind the teacher's; the next decode brings it up."""
@@ -123,7 +137,7 @@ class LockstepContext:
 
     def restored(self, tokens: list[int]) -> None:
         """Says that the teacher's memory was replaced and now holds `tokens`; no row may be sampled until a decode."""
-        self.tokens, self.rows = list(tokens), []
+        self.tokens, self.rows, self._in_step = list(tokens), [], -1
 
     def _sequence(self, batch: LlamaBatch) -> tuple[int, list[int]]:
         """First position and ids of a batch that continues sequence 0."""
@@ -136,15 +150,14 @@ class LockstepContext:
             )
         return start, raw.token[: raw.n_tokens]
 
-    def adjust_rows(self, n_rows: int) -> list[Row]:
-        """Adjusts the first `n_rows` output rows of the teacher's last decode in place, with the pair's."""
-        if self.settings.strength == 0:
-            return [Row(None, 0.0, 0)] * n_rows
-        logits = np.ctypeslib.as_array(self._teacher.get_logits(), (n_rows, self._teacher.model.n_vocab()))
-        lam = self._pair.bundle.lam(self.settings.strength)
-        rows = []
-        for z, row in zip(logits, self._pair.rows(), strict=True):
-            result = adjust(z, row.delta[: self._n_shared], lam=lam, guard=self.settings.guard)
-            z[:] = result.logits
-            rows.append(Row(row, result.kl, result.n_candidates))
-        return rows
+    def adjust_rows(self) -> list[Row]:
+        """Adjusts the output rows of the teacher's last decode in place, with the pair's."""
+        settings = self.settings
+        found = self._pair.adjust(self._teacher.get_logits(), settings.strength, settings.guard)
+        return [Row(i, kl, n_candidates) for i, (kl, n_candidates) in enumerate(found)]
+
+
+def _n_outputs(batch: LlamaBatch) -> int:
+    """How many rows of logits a batch asks for."""
+    raw = batch.batch
+    return sum(map(bool, raw.logits[: raw.n_tokens]))

@@ -1,24 +1,27 @@
-"""The pair: both perturbed proxies in two llama.cpp contexts that evaluate the same tokens."""
+"""The pair: both perturbed proxies in two llama.cpp contexts that evaluate the same tokens, in the native core."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
-from llama_cpp._internals import LlamaBatch, LlamaContext, LlamaModel
+from llama_cpp._internals import LlamaBatch, LlamaModel
 from llama_cpp._logger import set_verbose
 
-from . import adjust
+from . import _native, adjust
 from ._gguf import captured_log, last_line
 from .bundle import MINUS_NAME, PLUS_NAME, Bundle
-from .errors import InputError, ModelError, ProxyError
+from .errors import InputError, ProxyError
+
+Rows = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -31,23 +34,6 @@ class PairState:
     minus: bytes
 
 
-@dataclass(frozen=True)
-class DeltaRow:
-    """Δ for one position, (n_vocab,) float32, and its expectation under the proxy."""
-
-    delta: npt.NDArray[np.float32]
-    mean: float
-
-    @classmethod
-    def of(cls, z_plus: adjust.Floats, z_minus: adjust.Floats, epsilon: float) -> DeltaRow:
-        row = adjust.delta(z_plus, z_minus, epsilon)
-        return cls(row, adjust.expectation(z_plus, z_minus, row))
-
-    def dose(self, token: int) -> float:
-        """Δ(token) − E[Δ]; 0 for a token beyond the proxy's vocabulary, which has no Δ."""
-        return float(self.delta[token]) - self.mean if token < len(self.delta) else 0.0
-
-
 class ProxyPair:
     """Two proxies in lockstep. Make one with `ProxyPair.open`; close it, or use it in a `with` statement.
 
@@ -56,24 +42,27 @@ class ProxyPair:
 
     Attributes:
         bundle: the bundle's metadata.
-        plus, minus: the proxies at θ + εĝ and θ − εĝ.
         tokens: ids in the proxies' memory, in order.
+        serial: a number that changes whenever the memory does.
     """
 
-    def __init__(self, bundle: Bundle, plus: LlamaContext, minus: LlamaContext, stack: ExitStack) -> None:
+    def __init__(self, bundle: Bundle, handle: int, n_batch: int, n_outputs: int) -> None:
         self.bundle = bundle
-        self.plus, self.minus = plus, minus
         self.tokens: list[int] = []
-        self._stack = stack
+        self.serial = 0
+        self.n_outputs = n_outputs
+        self._lib = _native.library()
+        self._handle: int | None = handle
+        self._free = weakref.finalize(self, self._lib.adl_pair_free, handle)
         self._rows = 0
-        n_batch = llama_cpp.llama_n_batch(plus.ctx)
-        self._batch = stack.enter_context(closing(LlamaBatch(n_tokens=n_batch, embd=0, n_seq_max=1, verbose=False)))
+        self._batch = LlamaBatch(n_tokens=n_batch, embd=0, n_seq_max=1, verbose=False)
 
     @classmethod
     def open(
         cls,
         bundle_dir: str | os.PathLike[str],
         *,
+        teacher: LlamaModel | None = None,
         n_ctx: int = 0,
         n_batch: int = 512,
         n_outputs: int = 64,
@@ -88,6 +77,7 @@ class ProxyPair:
 
         Args:
             bundle_dir: what `adlocal convert` wrote.
+            teacher: whose logits the pair is to adjust; without one it only evaluates.
             n_ctx: tokens of context; 0 takes the proxy's training length.
             n_batch: most tokens in one `llama_decode`.
             n_outputs: most rows of logits that one decode may ask for; sizes the compute buffer.
@@ -98,11 +88,12 @@ class ProxyPair:
         Raises:
             BundleError: the halves are missing or do not fit together.
             ModelError: llama.cpp refuses a half, or `n_ctx` exceeds what the proxy was trained for.
+            VocabularyError: teacher and proxy number their tokens differently.
         """
         directory = Path(bundle_dir)
         bundle = Bundle.open(directory)
         params = context_params(n_ctx, n_batch, n_outputs, n_threads, n_threads_batch, type_k, type_v)
-        return cls.load(directory / PLUS_NAME, directory / MINUS_NAME, bundle, params, n_gpu_layers, verbose)
+        return cls.load(directory / PLUS_NAME, directory / MINUS_NAME, bundle, params, n_gpu_layers, teacher, verbose)
 
     @classmethod
     def load(
@@ -112,17 +103,33 @@ class ProxyPair:
         bundle: Bundle,
         params: llama_cpp.llama_context_params,
         n_gpu_layers: int = 0,
+        teacher: LlamaModel | None = None,
         verbose: bool = False,
     ) -> ProxyPair:
         """Loads two files as the halves of `bundle`, whatever their own metadata say. For the converter's sweep."""
         set_verbose(verbose)
-        with ExitStack() as stack:
-            contexts = [_load(path, params, n_gpu_layers, stack, verbose) for path in (plus, minus)]
-            return cls(bundle, contexts[0], contexts[1], stack.pop_all())
+        lib = _native.library()
+        model_params = llama_cpp.llama_model_default_params()
+        model_params.n_gpu_layers = 0x7FFFFFFF if n_gpu_layers == -1 else n_gpu_layers
+        with captured_log() as log:
+            handle = lib.adl_pair_init_from_files(
+                ctypes.byref(_native.llama_table(lib)),
+                os.fsencode(plus),
+                os.fsencode(minus),
+                bundle.epsilon,
+                bundle.delta_scale,
+                teacher and ctypes.cast(teacher.model, ctypes.c_void_p),
+                _native.PairParams(model_params, params),
+            )
+        if handle is None:
+            error = _native.error()
+            raise type(error)(f"{error} ({last_line(log)})" if log else str(error))
+        return cls(bundle, handle, params.n_batch, params.n_outputs_max)
 
     def close(self) -> None:
         """Frees both contexts and models."""
-        self._stack.close()
+        self._handle = None
+        self._free()
 
     def __enter__(self) -> ProxyPair:
         return self
@@ -131,47 +138,45 @@ class ProxyPair:
         self.close()
 
     @property
+    def handle(self) -> int:
+        """The core's `struct adl_pair *`."""
+        if self._handle is None:
+            raise InputError("the pair is closed; open another")
+        return self._handle
+
+    @property
+    def contexts(self) -> tuple[int, int]:
+        """llama.cpp's contexts of the proxies at θ + εĝ and θ − εĝ, for reading."""
+        plus, minus = (self._lib.adl_pair_get_context(self.handle, sign) for sign in (1, -1))
+        return plus, minus
+
+    @property
     def n_vocab(self) -> int:
-        return int(self.plus.model.n_vocab())
+        return int(self._lib.adl_pair_n_vocab(self.handle))
 
     @property
     def n_ctx(self) -> int:
-        return int(self.plus.n_ctx())
+        return int(self._lib.adl_pair_n_ctx(self.handle))
 
-    @property
-    def n_outputs(self) -> int:
-        """Most rows of logits that one decode may ask for."""
-        return int(self.plus.params.n_outputs_max)
+    def decode(self, batch: LlamaBatch) -> int:
+        """Evaluates one batch of sequence 0 in both proxies, `llama_decode`.
 
-    def decode(self, batch: LlamaBatch) -> None:
-        """Evaluates one batch of sequence 0 in both proxies, `llama_decode`; `rows` reads the result.
+        Returns:
+            the number of rows of logits that the batch asks for; `rows` reads them.
 
         Raises:
             ProxyError: llama.cpp refused the batch in either proxy. The memory is cleared: `sync` starts afresh.
         """
-        self._rows = 0
-        tokens = batch.batch.token[: batch.n_tokens()]
-        self._check(tokens)
-        try:
-            self.plus.decode(batch)
-            self.minus.decode(batch)
-        except Exception as error:
+        raw, self._rows = batch.batch, 0
+        n_rows = self._lib.adl_pair_decode(self.handle, raw)
+        if n_rows < 0:
+            error = _native.error()
             self.clear()
-            raise ProxyError(f"a proxy could not be evaluated: {error}; no token was emitted") from error
-        self.tokens += tokens
-        self._rows = n_outputs(batch)
-
-    def _check(self, tokens: list[int]) -> None:
-        """Says in words what llama.cpp would refuse with a number."""
-        if len(self.tokens) + len(tokens) > self.n_ctx:
-            raise ProxyError(
-                f"{len(self.tokens)} + {len(tokens)} tokens exceed the context of {self.n_ctx}; ask for a larger n_ctx"
-            )
-        if not 0 <= min(tokens) <= max(tokens) < self.n_vocab:
-            raise ProxyError(
-                f"token {max(tokens) if min(tokens) >= 0 else min(tokens)} is none of the proxy's {self.n_vocab}; "
-                "no token was emitted"
-            )
+            raise error
+        self.tokens += raw.token[: raw.n_tokens]
+        self.serial += 1
+        self._rows = n_rows
+        return self._rows
 
     def sync(self, tokens: Sequence[int]) -> None:
         """Makes the memory hold exactly `tokens`: keeps the common prefix, drops the rest, decodes what is new."""
@@ -182,14 +187,45 @@ class ProxyPair:
             self._truncate(keep)
         self._evaluate(tokens[len(self.tokens) :], logits_all=False)
 
-    def rows(self) -> list[DeltaRow]:
-        """Δ of each output row of the last decode."""
+    def adjust(self, logits: Any, strength: float, guard: float) -> list[tuple[float, int]]:
+        """Adjusts the teacher's rows of the batch that was decoded last, in place.
+
+        Args:
+            logits: `llama_get_logits` of the teacher's context, as many rows as the batch asked for.
+            strength: nats, above 0.
+            guard: 0 to 1.
+
+        Returns:
+            (KL(adjusted ‖ teacher) in nats, how many tokens passed the guard) of each row.
+
+        Raises:
+            ProxyError: nothing was decoded, or a number that has to be finite is not. Nothing may be sampled.
+        """
+        n = self._require_rows()
+        out, strengths = (_native.RowStruct * n)(), (ctypes.c_double * n)(*[strength] * n)
+        _native.check(self._lib.adl_pair_adjust(self.handle, logits, n, strengths, guard, out))
+        return [(row.kl, row.n_candidates) for row in out]
+
+    def dose(self, row: int, token: int) -> float:
+        """Δ(token) − E[Δ] for a row of the last decode; 0 for a token beyond the proxy's vocabulary, which has no Δ."""
+        if not 0 <= row < self._require_rows():
+            raise InputError(f"row {row} of {self._rows}: the last decode did not ask for it")
+        return float(self._lib.adl_pair_dose(self.handle, row, token))
+
+    def rows(self) -> tuple[Rows, Rows]:
+        """(z₊, z₋) of the last decode's output rows, each (rows, n_vocab). Views: valid until the next decode."""
+        shape = (self._require_rows(), self.n_vocab)
+        plus, minus = (
+            np.ctypeslib.as_array(self._lib.adl_pair_get_logits(self.handle, sign), shape) for sign in (1, -1)
+        )
+        return plus, minus
+
+    def _require_rows(self) -> int:
         if not self._rows:
             raise ProxyError("the pair has no evaluated rows: decode a batch first")
-        plus, minus = _logits(self.plus, self._rows), _logits(self.minus, self._rows)
-        return [DeltaRow.of(p, m, self.bundle.epsilon) for p, m in zip(plus, minus, strict=True)]
+        return self._rows
 
-    def delta(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+    def delta(self, tokens: Sequence[int]) -> Rows:
         """Δ after each prefix of `tokens`: row i is Δ for the token that follows tokens[: i + 1].
 
         Returns:
@@ -197,11 +233,23 @@ class ProxyPair:
         """
         return np.concatenate([adjust.delta(p, m, self.bundle.epsilon) for p, m in self.logits(tokens)])
 
-    def logits(self, tokens: Sequence[int]) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
+    def doses(self, tokens: Sequence[int]) -> list[float]:
+        """Dose of each token after the first, given those before it."""
+        return [
+            self.dose(row, tokens[first + row + 1])
+            for first, n_rows in self._chunks(tokens[:-1])
+            for row in range(n_rows)
+        ]
+
+    def logits(self, tokens: Sequence[int]) -> Iterator[tuple[Rows, Rows]]:
         """(z₊, z₋) after each prefix of `tokens`, in chunks of at most `n_outputs` rows, each (rows, n_vocab).
 
         A chunk is a view: it is valid until the next one is asked for.
         """
+        return (self.rows() for _ in self._chunks(tokens))
+
+    def _chunks(self, tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Evaluates `tokens` afresh, a row for each; yields (index of the first, number of rows) of each decode."""
         if not 0 < len(tokens) <= self.n_ctx:
             raise InputError(
                 f"{len(tokens)} tokens given, expected 1 to n_ctx={self.n_ctx}; open the pair with a larger n_ctx"
@@ -209,24 +257,26 @@ class ProxyPair:
         self.clear()
         for i in range(0, len(tokens), self.n_outputs):
             self._evaluate(tokens[i : i + self.n_outputs], logits_all=True)
-            yield _logits(self.plus, self._rows), _logits(self.minus, self._rows)
+            yield i, self._rows
 
     def clear(self) -> None:
         """Empties both memories."""
-        self.tokens, self._rows = [], 0
-        for context in (self.plus, self.minus):
-            context.kv_cache_clear()
+        self._changed()
+        self.tokens = []
+        self._lib.adl_pair_memory_clear(self.handle)
 
     def save_state(self) -> PairState:
         """Copy of both memories, for `load_state`."""
-        return PairState(self.bundle.id, tuple(self.tokens), _get_state(self.plus), _get_state(self.minus))
+        plus, minus = map(_get_state, self.contexts)
+        return PairState(self.bundle.id, tuple(self.tokens), plus, minus)
 
     def load_state(self, state: PairState) -> None:
         """Restores a copy that `save_state` made. One of another bundle is left alone: `sync` evaluates afresh."""
         self.clear()
         if state.bundle_id == self.bundle.id:
-            _set_state(self.plus, state.plus)
-            _set_state(self.minus, state.minus)
+            for context, data in zip(self.contexts, (state.plus, state.minus), strict=True):
+                _set_state(context, data)
+            self._lib.adl_pair_touch(self.handle)
             self.tokens = list(state.tokens)
 
     def _evaluate(self, tokens: Sequence[int], *, logits_all: bool) -> None:
@@ -237,12 +287,15 @@ class ProxyPair:
 
     def _truncate(self, n: int) -> None:
         """Drops every token from position n on. Recurrent memory cannot forget a part, and is cleared instead."""
-        self._rows = 0
-        removed = [bool(n) and context.kv_cache_seq_rm(0, n, -1) for context in (self.plus, self.minus)]
-        if all(removed):
+        self._changed()
+        if n and self._lib.adl_pair_memory_seq_rm(self.handle, 0, n, -1):
             del self.tokens[n:]
         else:
             self.clear()
+
+    def _changed(self) -> None:
+        self._rows = 0
+        self.serial += 1
 
 
 def context_params(
@@ -265,48 +318,17 @@ def context_params(
     return params
 
 
-def _load(
-    path: Path, params: llama_cpp.llama_context_params, n_gpu_layers: int, stack: ExitStack, verbose: bool
-) -> LlamaContext:
-    """One half in its own context; freed when `stack` closes."""
-    model_params = llama_cpp.llama_model_default_params()
-    model_params.n_gpu_layers = 0x7FFFFFFF if n_gpu_layers == -1 else n_gpu_layers
-    try:
-        with captured_log() as log:
-            model = LlamaModel(path_model=str(path), params=model_params, verbose=verbose)
-            stack.enter_context(closing(model))
-            if params.n_ctx > model.n_ctx_train():
-                raise ModelError(
-                    f"n_ctx={params.n_ctx} exceeds the {model.n_ctx_train()} tokens that the proxy was trained for; "
-                    "ask for a smaller n_ctx, or convert a proxy with a longer context"
-                )
-            context = LlamaContext(model=model, params=params, verbose=verbose)
-    except ValueError as error:
-        raise ModelError(f"{path}: {error} ({last_line(log)})") from None
-    return stack.enter_context(closing(context))
-
-
-def n_outputs(batch: LlamaBatch) -> int:
-    """How many rows of logits a batch asks for."""
-    return int(np.count_nonzero(np.ctypeslib.as_array(batch.batch.logits, (batch.n_tokens(),))))
-
-
-def _logits(context: LlamaContext, n_rows: int) -> npt.NDArray[np.float32]:
-    """View of the last decode's logits, (n_rows, n_vocab); valid until the next decode."""
-    return np.ctypeslib.as_array(context.get_logits(), (n_rows, context.model.n_vocab()))
-
-
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _get_state(context: LlamaContext) -> bytes:
-    size = llama_cpp.llama_state_get_size(context.ctx)
+def _get_state(context: int) -> bytes:
+    size = llama_cpp.llama_state_get_size(context)
     buffer = (ctypes.c_uint8 * size)()
-    return ctypes.string_at(buffer, llama_cpp.llama_state_get_data(context.ctx, buffer, size))
+    return ctypes.string_at(buffer, llama_cpp.llama_state_get_data(context, buffer, size))
 
 
-def _set_state(context: LlamaContext, state: bytes) -> None:
+def _set_state(context: int, state: bytes) -> None:
     buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-    if llama_cpp.llama_state_set_data(context.ctx, buffer, len(state)) != len(state):
+    if llama_cpp.llama_state_set_data(context, buffer, len(state)) != len(state):
         raise ProxyError("llama.cpp refused a saved state of a proxy; call reset() and evaluate the prompt again")

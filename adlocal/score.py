@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import closing
 from dataclasses import asdict, dataclass
 
 from tqdm import tqdm
 
 from ._gguf import GGUFHeader
 from .bundle import PLUS_NAME, Bundle
-from .pair import DeltaRow, ProxyPair
-from .traces import EncodedTrace, TraceEncoder, encode_all, read_traces
+from .pair import ProxyPair
+from .traces import EncodedTrace, TraceEncoder, encode_all, open_vocabulary, read_traces
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,8 @@ class Score:
 
 def score_trace(pair: ProxyPair, trace: EncodedTrace) -> Score:
     """Evaluates the pair along the trace."""
-    total, position = 0.0, 0
-    for plus, minus in pair.logits(trace.tokens[:-1]):
-        for p, m in zip(plus, minus, strict=True):
-            position += 1
-            if trace.targets[position]:
-                total += DeltaRow.of(p, m, pair.bundle.epsilon).dose(trace.tokens[position])
+    doses = pair.doses(trace.tokens)
+    total = sum(dose for dose, is_target in zip(doses, trace.targets[1:], strict=True) if is_target)
     return Score(trace.where, trace.n_targets, total, total / trace.n_targets)
 
 
@@ -41,8 +38,11 @@ def run(args: argparse.Namespace) -> None:
     traces = read_traces(args.traces)
     Bundle.open(args.bundle)
     n_ctx = min(args.ctx_size, GGUFHeader(args.bundle / PLUS_NAME).n_ctx_train or args.ctx_size)
-    with ProxyPair.open(args.bundle, n_ctx=n_ctx, n_threads=args.threads, n_gpu_layers=args.gpu_layers) as pair:
-        encoded, n_cut, n_skipped = encode_all(traces, TraceEncoder(pair.plus.model, raw=args.raw), pair.n_ctx)
+    with (
+        ProxyPair.open(args.bundle, n_ctx=n_ctx, n_threads=args.threads, n_gpu_layers=args.gpu_layers) as pair,
+        closing(open_vocabulary(args.bundle / PLUS_NAME)) as vocabulary,
+    ):
+        encoded, n_cut, n_skipped = encode_all(traces, TraceEncoder(vocabulary, raw=args.raw), pair.n_ctx)
         scores = [score_trace(pair, trace) for trace in tqdm(encoded, desc="scoring", unit="trace", file=sys.stderr)]
     n_tokens, dose = sum(s.n_tokens for s in scores), sum(s.dose for s in scores)
     mean = {"traces": len(scores), "cut": n_cut, "skipped": n_skipped, "n_tokens": n_tokens, "dose": dose}

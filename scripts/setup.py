@@ -176,8 +176,10 @@ def rebuild_command(flags: "dict[str, str]") -> str:
 
 
 def fingerprint() -> str:
-    """Return a hash of the files that say what gets installed."""
-    parts = (ROOT / "pyproject.toml", CONSTRAINTS)
+    """Return a hash of what gets installed: the requirements, and the sources of the native core."""
+    native = ROOT / "native"
+    sources = [native / "CMakeLists.txt", *native.glob("cmake/*"), *native.glob("include/*"), *native.glob("src/*")]
+    parts = [ROOT / "pyproject.toml", CONSTRAINTS, *sorted(sources)]
     return hashlib.sha256(b"\0".join(part.read_bytes() for part in parts)).hexdigest()
 
 

@@ -13,6 +13,7 @@ import tiny
 from adlocal_convert.convert import Options, convert
 from adlocal_convert.demo import demo_model
 from adlocal_convert.word_problems import word_problems
+from faults import Faults
 
 from adlocal.bundle import Bundle
 from adlocal.errors import BundleError
@@ -71,6 +72,12 @@ def smollm2_bundle(smollm2: Path, pytestconfig: pytest.Config) -> Path:
         (directory / "traces.jsonl").write_text(text, encoding="utf-8")
         convert(Options(smollm2, directory / "traces.jsonl", directory / "bundle", overwrite=True), print)
     return directory / "bundle"
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
+    """Breaks proxies of pairs that are opened after it."""
+    return Faults(monkeypatch)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,13 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tiny
+from faults import Faults
 from llama_cpp._internals import LlamaSampler
 from llama_cpp.llama_chat_format import Llava15ChatHandler
 from llama_cpp.llama_speculative import LlamaDraftModel
 
 from adlocal import AntidistillationLlama, BundleError, InputError, ModelError, ProxyError
-from adlocal.adjust import Floats
-from adlocal.pair import DeltaRow
 from adlocal.score import score_trace
 from adlocal.traces import EncodedTrace
 
@@ -30,7 +30,8 @@ GREEDY: dict[str, Any] = {"max_tokens": 8, "temperature": 0.0}
 
 
 @pytest.fixture
-def llm(tiny_llama: Path, tiny_bundle: Path) -> Iterator[AntidistillationLlama]:
+def llm(tiny_llama: Path, tiny_bundle: Path, faults: Faults) -> Iterator[AntidistillationLlama]:
+    """Its proxies can be broken with `faults`."""
     with closing(AntidistillationLlama(str(tiny_llama), bundle=tiny_bundle, strength=3.0, **KWARGS)) as llm:
         yield llm
 
@@ -47,21 +48,18 @@ def fail(*_args: object) -> None:
 # Failing closed
 
 
-@pytest.mark.parametrize("half", ["plus", "minus"])
+@pytest.mark.parametrize(("half", "name"), [(0, "+ε"), (1, "−ε")])
 def test_a_proxy_that_fails_ends_the_generation(
-    half: str, llm: AntidistillationLlama, monkeypatch: pytest.MonkeyPatch
+    half: int, name: str, llm: AntidistillationLlama, faults: Faults
 ) -> None:
     """Not one token more for as long as it fails, and after reset() all is as before."""
     expected = greedy(llm)
     llm.reset()
-    emitted = []
-    with monkeypatch.context() as patch:
-        stream = llm.generate(llm.tokenize(PROMPT.encode()), temp=0.0)
-        with pytest.raises(ProxyError, match=r"llama_decode returned -3.*no token was emitted"):  # noqa: PT012
-            for token in stream:
-                emitted.append(token)
-                if len(emitted) == 3:
-                    patch.setattr(getattr(llm.pair, half), "decode", fail)
+    stream = llm.generate(llm.tokenize(PROMPT.encode()), temp=0.0)
+    emitted = list(itertools.islice(stream, 3))
+    with faults.failing(llm.pair.contexts[half]):
+        with pytest.raises(ProxyError, match=rf"{re.escape(name)} .*llama_decode returned -3.*no token was emitted"):
+            next(stream)
         with pytest.raises(ProxyError, match="evaluate a token first"):
             llm.sample()
         with pytest.raises(ProxyError, match="llama_decode returned -3"):
@@ -72,25 +70,22 @@ def test_a_proxy_that_fails_ends_the_generation(
 
 
 def test_the_teacher_is_not_evaluated_when_a_proxy_fails(
-    llm: AntidistillationLlama, monkeypatch: pytest.MonkeyPatch
+    llm: AntidistillationLlama, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its plain logits for this token never exist."""
-    monkeypatch.setattr(llm.pair.plus, "decode", fail)
     monkeypatch.setattr(llm._lockstep._teacher, "decode", lambda _: pytest.fail("the teacher was evaluated"))
-    with pytest.raises(ProxyError):
+    with faults.failing(llm.pair.contexts[0]), pytest.raises(ProxyError):
         llm.create_completion(PROMPT, **GREEDY)
 
 
-def test_the_same_prompt_again_after_a_failure(llm: AntidistillationLlama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_prompt_again_after_a_failure(llm: AntidistillationLlama, faults: Faults) -> None:
     """It is cached to the last token, and needs no reset()."""
     expected = greedy(llm, n=3)
     llm.reset()
     stream = llm.generate(llm.tokenize(PROMPT.encode()), temp=0.0)
     next(stream)
-    with monkeypatch.context() as patch:
-        patch.setattr(llm.pair.minus, "decode", fail)
-        with pytest.raises(ProxyError):
-            next(stream)
+    with faults.failing(llm.pair.contexts[1]), pytest.raises(ProxyError):
+        next(stream)
     assert greedy(llm, n=3) == expected
 
 
@@ -107,16 +102,48 @@ def test_a_teacher_that_fails_leaves_nothing_to_sample(
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("half", [0, 1])
 def test_a_proxy_that_computes_nonsense_fails_closed(
-    value: float, llm: AntidistillationLlama, monkeypatch: pytest.MonkeyPatch
+    value: float, half: int, llm: AntidistillationLlama, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nonsense(z_plus: Floats, _z_minus: Floats, _epsilon: float) -> DeltaRow:
-        return DeltaRow(np.full(len(z_plus), value, dtype=np.float32), 0.0)
-
-    monkeypatch.setattr(DeltaRow, "of", nonsense)
     monkeypatch.setattr(LlamaSampler, "sample", lambda *_: pytest.fail("a token was sampled"))
-    with pytest.raises(ProxyError, match="not finite"):
+    with (
+        faults.computing(llm.pair.contexts[half], value),
+        pytest.raises(ProxyError, match=r"not numbers \(NaN or inf\); nothing emitted"),
+    ):
         llm.create_completion(PROMPT, **GREEDY)
+
+
+def test_a_failed_adjustment_leaves_only_the_end(llm: AntidistillationLlama, faults: Faults) -> None:
+    """Also for a caller who catches the error and reads the teacher's logits behind our back."""
+    with faults.computing(llm.pair.contexts[0], np.nan), pytest.raises(ProxyError):
+        llm.eval(llm.tokenize(PROMPT.encode()))
+    row = np.ctypeslib.as_array(llama_cpp.llama_get_logits(llm.ctx), (llm.n_vocab(),))
+    assert row[tiny.EOS] == 0
+    assert set(np.delete(row, tiny.EOS)) == {np.float32(-1e9)}
+
+
+def test_using_the_pair_in_between_is_made_up_for(llm: AntidistillationLlama) -> None:
+    """`llm.pair` is public: scoring a text with it must neither spoil the next token nor its dose."""
+    expected = greedy(llm)
+    total = llm.last_dose.total
+    stream = llm.generate(llm.tokenize(PROMPT.encode()), temp=0.0)
+    sampled = list(itertools.islice(stream, 4))
+    llm.pair.delta([tiny.BOS, *b"something else"])
+    sampled += itertools.islice(stream, 4)
+    assert sampled == expected
+    assert llm.last_dose.total == pytest.approx(total, rel=0.02)
+
+
+def test_the_same_prompt_again_after_the_pair_was_used(llm: AntidistillationLlama) -> None:
+    """It is cached to the last token; its rows in the pair are not there any more."""
+    expected = greedy(llm, n=1)
+    llm.reset()
+    assert greedy(llm, n=1) == expected
+    llm.pair.clear()
+    with pytest.raises(ProxyError, match="evaluate a token first"):
+        llm.sample(temp=0.0)
+    assert greedy(llm, n=1) == expected
 
 
 def test_logits_of_other_settings_are_not_sampled(llm: AntidistillationLlama) -> None:

@@ -12,11 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tiny
+from faults import Faults
 from llama_cpp._internals import LlamaBatch
 
 from adlocal import BundleError, InputError, ModelError, ProxyError, ProxyPair
+from adlocal.adjust import delta, expectation
 from adlocal.bundle import MINUS_NAME, PLUS_NAME
-from adlocal.pair import DeltaRow, context_params
+from adlocal.pair import context_params
 
 Rows = npt.NDArray[np.float32]
 
@@ -48,13 +50,13 @@ def halves(tiny_bundle: Path) -> tuple[Rows, Rows]:
     return scores(PLUS_NAME), scores(MINUS_NAME)
 
 
-def step(pair: ProxyPair, token: int) -> DeltaRow:
+def step(pair: ProxyPair, token: int) -> Rows:
     """Decodes one token, as the lockstep does, and returns Δ for what follows it."""
     with closing(LlamaBatch(n_tokens=1, embd=0, n_seq_max=1, verbose=False)) as batch:
         batch.set_batch([token], len(pair.tokens), False)
-        pair.decode(batch)
-    (row,) = pair.rows()
-    return row
+        assert pair.decode(batch) == 1
+    plus, minus = pair.rows()
+    return delta(plus[0], minus[0], pair.bundle.epsilon)
 
 
 def assert_delta(pair: ProxyPair, got: Rows, expected: Rows) -> None:
@@ -108,15 +110,30 @@ def test_chunks_do_not_matter(n_outputs: int, n_batch: int, tiny_bundle: Path, p
         assert_delta(pair, other.delta(TEXT), pair.delta(TEXT))
 
 
-def test_a_row_centres_the_dose_on_the_proxys_expectation(pair: ProxyPair, halves: tuple[Rows, Rows]) -> None:
+def test_the_dose_is_centred_on_the_proxys_expectation(pair: ProxyPair) -> None:
     """Σ_x p(x) dose(x) = 0 under softmax((z₊ + z₋) / 2), to 1e-5 of float32 sums; a token that has no Δ has no dose."""
-    plus, minus = halves[0][-1], halves[1][-1]
-    row = DeltaRow.of(plus, minus, pair.bundle.epsilon)
+    step(pair, TEXT[0])
+    (plus,), (minus,) = pair.rows()
     p = np.exp((plus.astype(np.float64) + minus) / 2)
-    doses = [row.dose(token) for token in range(tiny.N_VOCAB)]
+    doses = [pair.dose(0, token) for token in range(tiny.N_VOCAB)]
     assert np.dot(p / p.sum(), doses) == pytest.approx(0.0, abs=1e-5)
     assert np.std(doses) > 0.1
-    assert row.dose(tiny.N_VOCAB) == 0.0
+    assert pair.dose(0, tiny.N_VOCAB) == 0.0
+    with pytest.raises(InputError, match="row 1 of 1"):
+        pair.dose(1, 0)
+
+
+def test_doses_of_a_text(tiny_bundle: Path, pair: ProxyPair) -> None:
+    """Of each token given those before it, by the oracle, to rounding of Δ; in chunks of 7 rows."""
+    logits = [(plus.copy(), minus.copy()) for plus, minus in pair.logits(TEXT[:-1])]
+    plus, minus = map(np.concatenate, zip(*logits, strict=True))
+    expected = [
+        row[token] - expectation(p, m, row)
+        for p, m, token in zip(plus, minus, TEXT[1:], strict=True)
+        for row in [delta(p, m, pair.bundle.epsilon)]
+    ]
+    with ProxyPair.open(tiny_bundle, n_threads=1, n_outputs=7) as other:
+        np.testing.assert_allclose(other.doses(TEXT), expected, atol=ROUNDING / (2 * pair.bundle.epsilon))
 
 
 # Following the teacher
@@ -144,16 +161,16 @@ def test_sync_follows_any_jump(tiny_bundle: Path) -> None:
             assert jumping.tokens == tokens
             row = step(jumping, ord("!"))
             assert jumping.tokens == [*tokens, ord("!")]
-            assert_delta(fresh, row.delta, fresh.delta([*tokens, ord("!")])[-1])
+            assert_delta(fresh, row, fresh.delta([*tokens, ord("!")])[-1])
 
 
 def test_sync_evaluates_only_what_is_new(pair: ProxyPair, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[int] = []
     decode = ProxyPair.decode
 
-    def counting(self: ProxyPair, batch: LlamaBatch) -> None:
+    def counting(self: ProxyPair, batch: LlamaBatch) -> int:
         decoded.append(batch.n_tokens())
-        decode(self, batch)
+        return decode(self, batch)
 
     pair.clear()
     monkeypatch.setattr(ProxyPair, "decode", counting)
@@ -165,7 +182,7 @@ def test_sync_evaluates_only_what_is_new(pair: ProxyPair, monkeypatch: pytest.Mo
 def test_sync_takes_more_tokens_than_a_batch(tiny_bundle: Path, pair: ProxyPair) -> None:
     with ProxyPair.open(tiny_bundle, n_threads=1, n_batch=4) as small:
         small.sync(TEXT[:-1])
-        assert_delta(pair, step(small, TEXT[-1]).delta, pair.delta(TEXT)[-1])
+        assert_delta(pair, step(small, TEXT[-1]), pair.delta(TEXT)[-1])
 
 
 def test_rows_belong_to_the_last_decode(pair: ProxyPair) -> None:
@@ -186,19 +203,22 @@ def test_a_refused_token_leaves_nothing_to_read(pair: ProxyPair) -> None:
         with pytest.raises(ProxyError, match="no evaluated rows"):
             pair.rows()
     pair.sync(TEXT[:-1])
-    assert_delta(pair, step(pair, TEXT[-1]).delta, expected[-1])
+    assert_delta(pair, step(pair, TEXT[-1]), expected[-1])
 
 
-@pytest.mark.parametrize("failing", ["plus", "minus"])
-def test_one_failing_proxy_is_enough(failing: str, pair: ProxyPair, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(batch: LlamaBatch) -> None:
-        raise RuntimeError("llama_decode returned -3")
-
-    pair.sync(TEXT)
-    monkeypatch.setattr(getattr(pair, failing), "decode", fail)
-    with pytest.raises(ProxyError, match="llama_decode returned -3"):
-        step(pair, 65)
-    assert pair.tokens == []
+@pytest.mark.parametrize("half", [0, 1])
+def test_one_failing_proxy_is_enough(half: int, tiny_bundle: Path, faults: Faults) -> None:
+    """And the pair goes on when it works again."""
+    with ProxyPair.open(tiny_bundle, n_threads=1) as pair:
+        pair.sync(TEXT[:-1])
+        expected = step(pair, TEXT[-1])
+        with faults.failing(pair.contexts[half]), pytest.raises(ProxyError, match="llama_decode returned -3"):
+            step(pair, 65)
+        assert pair.tokens == []
+        with pytest.raises(ProxyError, match="no evaluated rows"):
+            pair.rows()
+        pair.sync(TEXT[:-1])
+        assert_delta(pair, step(pair, TEXT[-1]), expected)
 
 
 # State
@@ -208,11 +228,11 @@ def test_a_saved_state_is_restored(pair: ProxyPair) -> None:
     """Evaluating on from it gives the same rows, bit for bit."""
     pair.sync(TEXT[:20])
     state = pair.save_state()
-    rows = [step(pair, token).delta for token in TEXT[20:24]]
+    rows = [step(pair, token) for token in TEXT[20:24]]
     pair.delta([tiny.BOS, *b"something else in between"])
     pair.load_state(state)
     assert pair.tokens == TEXT[:20]
-    assert [step(pair, token).delta.tobytes() for token in TEXT[20:24]] == [row.tobytes() for row in rows]
+    assert [step(pair, token).tobytes() for token in TEXT[20:24]] == [row.tobytes() for row in rows]
 
 
 def test_rows_must_be_evaluated_after_a_state_is_loaded(pair: ProxyPair) -> None:
@@ -229,7 +249,7 @@ def test_a_state_of_another_bundle_is_ignored(pair: ProxyPair) -> None:
     pair.load_state(foreign)
     assert pair.tokens == []
     pair.sync(TEXT[:-1])
-    assert_delta(pair, step(pair, TEXT[-1]).delta, pair.delta(TEXT)[-1])
+    assert_delta(pair, step(pair, TEXT[-1]), pair.delta(TEXT)[-1])
 
 
 # Limits and lifetime
@@ -254,7 +274,7 @@ def test_a_text_that_does_not_fit_is_refused(n: int, pair: ProxyPair) -> None:
 
 
 def test_syncing_beyond_the_context_fails_and_recovers(pair: ProxyPair) -> None:
-    with pytest.raises(ProxyError, match=r"256 \+ 1 tokens exceed the context of 256; ask for a larger n_ctx"):
+    with pytest.raises(ProxyError, match="no room in its context of 256 tokens; ask for a larger n_ctx"):
         pair.sync([65] * 257)
     pair.sync(TEXT)
     assert pair.tokens == TEXT
@@ -268,12 +288,13 @@ def test_no_bundle_no_pair(tmp_path: Path) -> None:
 def test_closing_twice_is_fine(tiny_bundle: Path) -> None:
     with ProxyPair.open(tiny_bundle, n_threads=1) as pair:
         pair.close()
-        assert pair.plus.ctx is None
-        assert pair.minus.ctx is None
+        with pytest.raises(InputError, match="the pair is closed"):
+            pair.sync(TEXT)
     pair.close()
 
 
 def test_a_with_statement_closes_after_an_error(tiny_bundle: Path) -> None:
     with pytest.raises(InputError), ProxyPair.open(tiny_bundle, n_threads=1) as pair:
         pair.delta([])
-    assert pair.plus.ctx is None
+    with pytest.raises(InputError, match="the pair is closed"):
+        pair.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -15,10 +16,9 @@ import pytest
 import tiny
 from llama_cpp._internals import LlamaModel
 
-from adlocal import AntidistillationLlama, ProxyError, ProxyPair, VocabularyError
+from adlocal import AntidistillationLlama, ProxyError, ProxyPair, VocabularyError, _native
 from adlocal.adjust import adjust
 from adlocal.traces import open_vocabulary
-from adlocal.vocabulary import shared_vocabulary
 
 PADDED = 272
 TEXT = [tiny.BOS, *b"two and two"]
@@ -45,6 +45,12 @@ def shuffled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pieces = list(tiny.BYTES)
     pieces[65], pieces[66] = pieces[66], pieces[65]
     return tiny.write_gguf(tiny.tiny_model(), tmp_path_factory.mktemp("shuffled") / "teacher.gguf", pieces=pieces)
+
+
+def shared_vocabulary(teacher: LlamaModel, proxy: LlamaModel) -> int:
+    lib = _native.library()
+    models = (ctypes.cast(model.model, ctypes.c_void_p) for model in (teacher, proxy))
+    return _native.check(lib.adl_vocab_shared(ctypes.byref(_native.llama_table(lib)), *models))
 
 
 def shared(teacher: Path, proxy: LlamaModel) -> int:
