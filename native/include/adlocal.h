@@ -209,7 +209,7 @@ struct adl_pair_params {
 };
 
 // llama.cpp's defaults, but n_outputs_max = n_outputs_max_per_seq = 1 (rows of logits a batch may ask for: they size the
-// compute buffer) and concurrency AUTO. `llama` must have passed adl_llama_check.
+// compute buffer; with more sequences at least as many rows are taken) and concurrency AUTO. `llama` must have passed adl_llama_check.
 ADL_API struct adl_pair_params adl_pair_default_params(const struct adl_llama * llama);
 
 // Opens a bundle for a teacher: reads, validates, loads both halves and compares the vocabularies.

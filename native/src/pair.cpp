@@ -7,7 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <cstdio>
 #include <limits>
 
 namespace adl {
@@ -102,12 +102,22 @@ int32_t adl_pair::decode(const llama_batch & batch) {
         rows_.assign(n, {std::numeric_limits<double>::quiet_NaN(), 0.0, 0});
         return n_rows_ = n;
     } catch (const Error & failure) {
-        std::strncpy(error, failure.message.c_str(), sizeof error - 1);
+        stick("%s", failure.message.c_str());
+        throw;
+    } catch (const std::bad_alloc &) {
+        stick("%s", "a proxy could not be evaluated: out of memory; no token was emitted");
+        throw;
+    } catch (const std::exception & failure) {
+        stick("a proxy could not be evaluated: %s; no token was emitted", failure.what());
         throw;
     } catch (...) {
-        std::strncpy(error, "a proxy could not be evaluated: out of memory; no token was emitted", sizeof error - 1);
+        stick("%s", "a proxy could not be evaluated: llama.cpp threw an unknown exception; no token was emitted");
         throw;
     }
+}
+
+void adl_pair::stick(const char * fmt, const char * words) noexcept {
+    std::snprintf(error, sizeof error, fmt, words);
 }
 
 // What llama.cpp would refuse with a number, or end the process for.
@@ -223,7 +233,13 @@ void adl_pair::adjust(float * logits, int32_t n_rows, const double * strength, d
     if (n_vocab_teacher == 0) {
         throw Error{ADL_ERROR_INPUT, "this pair was made without a teacher and adjusts nothing; give the teacher's model when making it"};
     }
+    if (logits == nullptr) {
+        throw Error{ADL_ERROR_INPUT, "adl_pair_adjust: logits is NULL"};
+    }
     try {
+        if (strength == nullptr || rows == nullptr) {
+            throw Error{ADL_ERROR_INPUT, "adl_pair_adjust: strength or rows is NULL"};
+        }
         if (n_rows < 1 || n_rows != n_rows_) {
             throw Error{ADL_ERROR_PROXY, format("%d rows to adjust, and the pair has evaluated %d; decode the teacher's batch in the pair first",
                                                 n_rows, n_rows_)};
@@ -276,7 +292,11 @@ double adl_pair::dose(int32_t row, llama_token token) noexcept {
 namespace {
 
 adl_pair * make_pair(const adl_llama * llama, const std::string & plus, const std::string & minus, double epsilon, double delta_scale,
-                     const llama_model * teacher, const adl_pair_params & params) {
+                     const llama_model * teacher, adl_pair_params params) {
+    uint32_t & n_outputs_max = params.context.n_outputs_max;
+    if (n_outputs_max != 0) { // llama.cpp ends the process when there are fewer rows than sequences
+        n_outputs_max = std::max(n_outputs_max, params.context.n_seq_max);
+    }
     return new adl_pair(*llama, plus, minus, epsilon, delta_scale, teacher, params);
 }
 
@@ -386,9 +406,6 @@ void adl_pair_touch(struct adl_pair * pair) {
 int32_t adl_pair_adjust(
         struct adl_pair * pair, float * logits, int32_t n_rows, const double * strength, double guard, struct adl_row * rows) {
     return with(pair, [&] {
-        if (logits == nullptr || strength == nullptr || rows == nullptr) {
-            throw Error{ADL_ERROR_INPUT, "adl_pair_adjust: a pointer is NULL"};
-        }
         pair->adjust(logits, n_rows, strength, guard, rows);
         return static_cast<int32_t>(ADL_OK);
     });

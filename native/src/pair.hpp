@@ -72,6 +72,7 @@ struct adl_pair {
     char                     error[1024] = ""; // the sticky one
 
   private:
+    void    stick(const char * fmt, const char * words) noexcept;
     void    check(const llama_batch & batch) const;
     void    evaluate(const llama_batch & batch);
     void    check_code(int32_t code, const char * which) const;
