@@ -26,7 +26,7 @@ from .generate import open_plain, open_protected
 from .llama import AntidistillationLlama
 
 _PROMPT = "Once upon a time, in a small town by the sea, there lived an old clockmaker who"
-_ROUNDS = 5
+_ROUNDS = 9
 N_LARGE = 152_064
 
 

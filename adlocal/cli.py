@@ -165,7 +165,7 @@ def _add_score(verbs: Any) -> None:
 def _add_bench(verbs: Any) -> None:
     description = "Measure what protection costs, as ratios in one run"
     parser = _add(verbs, "bench", _verb("adlocal.bench"), description, "adlocal bench -m teacher.gguf --bundle bundle/")
-    _add_protected(parser, bundle_required=True, n_predict=64)
+    _add_protected(parser, bundle_required=True, n_predict=32)
 
 
 def _add_demo(verbs: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -253,6 +255,28 @@ def test_a_state_of_another_bundle_is_ignored(pair: ProxyPair) -> None:
 
 
 # Limits and lifetime
+
+COUNT_THREADS = """
+import os, sys, llama_cpp, adlocal
+options = dict(n_ctx=64, n_threads=2, n_threads_batch=2, verbose=False)
+if sys.argv[2]:
+    llm = adlocal.AntidistillationLlama(sys.argv[1], bundle=sys.argv[2], **options)
+else:
+    llm = llama_cpp.Llama(sys.argv[1], **options)
+before = len(os.listdir("/proc/self/task"))
+for _ in zip(range(8), llm.generate(llm.tokenize(b"3 + 4 ="))):
+    pass
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+def test_protection_starts_no_threads(tiny_llama: Path, tiny_bundle: Path) -> None:
+    """Three contexts share the teacher's."""
+    commands = ([sys.executable, "-c", COUNT_THREADS, tiny_llama, bundle] for bundle in ("", tiny_bundle))
+    plain, protected = (subprocess.run(command, capture_output=True, check=True).stdout for command in commands)
+    assert int(protected) == int(plain)
+    assert int(plain) >= 1
 
 
 def test_the_context_is_the_trained_length_by_default(pair: ProxyPair) -> None:
