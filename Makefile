@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test test-native-sanitize lint clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
 
 setup:  ## Create .venv and install everything in it (instant when up to date)
 	@command -v $(PYTHON) >/dev/null || { echo "adlocal: no $(PYTHON) here; install Python 3.10 or newer" >&2; exit 1; }
@@ -17,6 +17,12 @@ demo: setup  ## Protect a small real model and show the difference
 
 test: lint  ## Run everything that CI runs: lint, types, tests
 	$(BIN)/python -m pytest
+
+test-native-sanitize: setup  ## Run the native tests under AddressSanitizer, LeakSanitizer and UBSan
+	$(BIN)/cmake -S native -B build/sanitize -DADLOCAL_BUILD_TESTS=ON -DADLOCAL_SANITIZE=address,undefined \
+		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
+	$(BIN)/cmake --build build/sanitize --parallel
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
 lint: setup  ## Check style (ruff) and types (mypy)
 	$(BIN)/ruff check .

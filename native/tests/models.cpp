@@ -1,0 +1,153 @@
+#include "models.hpp"
+
+#include "check.hpp"
+
+#include <stdexcept>
+
+namespace models {
+
+using namespace fake;
+
+Vocab vocab(int32_t n) {
+    Vocab v;
+    for (int32_t i = 0; i < n; ++i) {
+        v.texts.push_back("t" + std::to_string(i));
+        v.attrs.push_back(i <= EOT ? LLAMA_TOKEN_ATTR_CONTROL : LLAMA_TOKEN_ATTR_NORMAL);
+    }
+    v.ends  = {EOS, EOT};
+    v.roles = {{"bos", BOS}, {"eos", EOS}, {"eot", EOT}};
+    return v;
+}
+
+std::map<std::string, Value> keys(int32_t sign) {
+    return {
+        {"adlocal.format_version",     u32(1)},
+        {"adlocal.bundle_id",          text(BUNDLE_ID)},
+        {"adlocal.converter",          text("adlocal 0.1.0")},
+        {"adlocal.epsilon",            f64(EPSILON)},
+        {"adlocal.gradient.norm",      f64(7.05)},
+        {"adlocal.gradient.loss",      f64(1.25)},
+        {"adlocal.gradient.traces",    u32(96)},
+        {"adlocal.gradient.tokens",    u32(9876)},
+        {"adlocal.delta_scale",        f64(DELTA_SCALE)},
+        {"adlocal.guard",              f64(0.05)},
+        {"adlocal.params",             text("all")},
+        {"adlocal.carriers.names",     texts({"blk.0.attn_norm.weight", "blk.0.ffn_up.weight"})},
+        {"adlocal.carriers.fraction",  f64(0.05)},
+        {"adlocal.carriers.energy",    f64(0.4)},
+        {"adlocal.plus.sha256",        text("aa")},
+        {"adlocal.minus.sha256",       text("bb")},
+        {"adlocal.fidelity.median",    f64(0.97)},
+        {"adlocal.fidelity.p10",       f64(0.9)},
+        {"adlocal.fidelity.slope",     f64(0.55)},
+        {"adlocal.fidelity.positions", u32(300)},
+        {"adlocal.fidelity.top_k",     u32(64)},
+        {"adlocal.fidelity.forced",    boolean(false)},
+        {"adlocal.sweep.epsilon",      f64s({0.001, 0.01})},
+        {"adlocal.sweep.median",       f64s({0.6, 0.97})},
+        {"adlocal.sweep.p10",          f64s({0.4, 0.9})},
+        {"adlocal.sweep.slope",        f64s({0.9, 0.55})},
+        {"adlocal.base.sha256",        text("cc")},
+        {"adlocal.base.bytes",         u64(98000000)},
+        {"adlocal.traces.sha256",      text("dd")},
+        {"adlocal.sign",               i32(sign)},
+        {"general.architecture",       text("llama")},
+    };
+}
+
+static File half(int32_t sign) {
+    File f;
+    f.keys      = keys(sign);
+    f.tensors   = {{"token_embd.weight", GGML_TYPE_Q4_1}, {"blk.0.attn_norm.weight", GGML_TYPE_F32}, {"blk.0.ffn_up.weight", GGML_TYPE_F16}};
+    f.vocab     = vocab(N_PROXY);
+    f.seed      = 11;
+    f.own_seed  = sign > 0 ? 21 : 22;
+    f.own_scale = 0.02f; // Δ of the order of 1
+    return f;
+}
+
+// Every test must leave no model, context, file or sampler behind, and do nothing that would have ended the process.
+static void check_left() {
+    CHECK_EQ(fake::violations(), "");
+    CHECK_EQ(fake::counts().models, 0);
+    CHECK_EQ(fake::counts().contexts, 0);
+    CHECK_EQ(fake::counts().ggufs, 0);
+    CHECK_EQ(fake::counts().samplers, 0);
+    fake::counts() = {};
+}
+
+void install() {
+    check::after_each = check_left;
+    fake::reset();
+    File & teacher      = file(TEACHER);
+    teacher.keys        = {{"general.architecture", text("llama")}};
+    teacher.vocab       = vocab(N_TEACHER);
+    teacher.seed        = 31;
+    file(PLUS)          = half(1);
+    file(MINUS)         = half(-1);
+}
+
+llama_model * load(const char * path) {
+    return llama_model_load_from_file(path, llama_model_default_params());
+}
+
+adl_pair_params params() {
+    const adl_llama llama                 = fake_llama_table();
+    adl_pair_params p                     = adl_pair_default_params(&llama);
+    p.context.n_ctx                       = 128;
+    p.context.n_batch                     = 32;
+    p.context.n_seq_max                   = 4;
+    p.context.n_outputs_max               = 16;
+    p.context.n_outputs_max_per_seq       = 16;
+    p.context.n_threads                   = 2;
+    p.context.n_threads_batch             = 2;
+    p.concurrency                         = ADL_CONCURRENCY_TURNS;
+    return p;
+}
+
+Batch::Batch(const Tokens & tokens, llama_pos first) {
+    for (size_t i = 0; i < tokens.size(); ++i) {
+        add(tokens[i], first + static_cast<llama_pos>(i), {0}, i + 1 == tokens.size());
+    }
+}
+
+Batch & Batch::add(llama_token token, llama_pos pos, std::vector<llama_seq_id> seq_ids, bool output) {
+    tokens_.push_back(token);
+    pos_.push_back(pos);
+    n_seq_id_.push_back(static_cast<int32_t>(seq_ids.size()));
+    seq_ids_.push_back(std::move(seq_ids));
+    outputs_.push_back(output);
+    return *this;
+}
+
+llama_batch Batch::get() {
+    pointers_.clear();
+    for (auto & seq_ids : seq_ids_) {
+        pointers_.push_back(seq_ids.data());
+    }
+    return {static_cast<int32_t>(tokens_.size()), tokens_.data(), nullptr, pos_.data(), n_seq_id_.data(), pointers_.data(), outputs_.data()};
+}
+
+Host::Host(const adl_pair_params & params) : teacher(load()) {
+    const adl_llama llama = fake_llama_table();
+    pair                  = adl_pair_init(&llama, DIR, teacher, params);
+    if (pair == nullptr) {
+        throw std::runtime_error(std::string("no pair: ") + adl_last_error());
+    }
+}
+
+Host::~Host() {
+    adl_pair_free(pair);
+    llama_model_free(teacher);
+}
+
+bool is_closed(const float * row, int32_t n) {
+    const float other = row[BOS];
+    bool        closed = other <= -1e6f && std::isfinite(other);
+    for (int32_t i = 0; i < n; ++i) {
+        closed &= row[i] == (i == EOS || i == EOT ? 0.0f : other);
+    }
+    return closed;
+}
+
+} // namespace models
