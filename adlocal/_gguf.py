@@ -61,6 +61,11 @@ _get_tensor_size = _function("gguf_get_tensor_size", ctypes.c_size_t, _p, _i64)
 _get_data_offset = _function("gguf_get_data_offset", ctypes.c_size_t, _p)
 
 _STRING, _ARRAY = 8, 9
+# enum gguf_type, by gguf's names
+_TYPES = (
+    *("UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "FLOAT32", "BOOL", "STRING", "ARRAY"),
+    *("UINT64", "INT64", "FLOAT64"),
+)
 # enum gguf_type -> (suffix of gguf_get_val_*, C type)
 _SCALARS: dict[int, tuple[str, Any]] = {
     0: ("u8", ctypes.c_uint8),
@@ -103,8 +108,9 @@ class GGUFHeader:
         if not context:
             raise ModelError(f"{self.path}: not a readable GGUF file ({last_line(log)}); download or convert it again")
         try:
-            self.keys = {_get_key(context, i).decode(): i for i in range(_get_n_kv(context))}
-            self._values = {key: _value(context, i) for key, i in self.keys.items() if not key.startswith("tokenizer.")}
+            keys = {_text(_get_key(context, i)): i for i in range(_get_n_kv(context))}
+            self._types = {key: _type(context, i) for key, i in keys.items()}
+            self._values = {key: _value(context, i) for key, i in keys.items() if not key.startswith("tokenizer.")}
             self.tensors = list(_tensors(context))
         finally:
             _free(context)
@@ -122,11 +128,24 @@ class GGUFHeader:
         """Value of a metadata key as a Python scalar, string or list. Tokenizer arrays are left out."""
         return self._values.get(key, default)
 
+    def type_of(self, key: str) -> str | None:
+        """GGUF type of a key's value by gguf's name, "FLOAT64" or "ARRAY of STRING"; None if there is no such key."""
+        return self._types.get(key)
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", errors="replace")
+
+
+def _type(context: int, i: int) -> str:
+    kind = _get_kv_type(context, i)
+    return f"ARRAY of {_TYPES[_get_arr_type(context, i)]}" if kind == _ARRAY else _TYPES[kind]
+
 
 def _value(context: int, i: int) -> Any:
     kind = _get_kv_type(context, i)
     if kind == _STRING:
-        return _function("gguf_get_val_str", _str, _p, _i64)(context, i).decode("utf-8", errors="replace")
+        return _text(_function("gguf_get_val_str", _str, _p, _i64)(context, i))
     if kind == _ARRAY:
         return _array(context, i)
     suffix, c_type = _SCALARS[kind]
@@ -136,7 +155,7 @@ def _value(context: int, i: int) -> Any:
 def _array(context: int, i: int) -> list[Any]:
     n, kind = _get_arr_n(context, i), _get_arr_type(context, i)
     if kind == _STRING:
-        return [_get_arr_str(context, i, j).decode("utf-8", errors="replace") for j in range(n)]
+        return [_text(_get_arr_str(context, i, j)) for j in range(n)]
     if kind not in _SCALARS or n == 0:
         return []
     data = ctypes.cast(_get_arr_data(context, i), ctypes.POINTER(_SCALARS[kind][1]))
@@ -147,7 +166,7 @@ def _tensors(context: int) -> Iterator[TensorInfo]:
     data = _get_data_offset(context)
     for i in range(_get_n_tensors(context)):
         yield TensorInfo(
-            name=_get_tensor_name(context, i).decode(),
+            name=_text(_get_tensor_name(context, i)),
             ggml_type=_get_tensor_type(context, i),
             offset=data + _get_tensor_offset(context, i),
             n_bytes=_get_tensor_size(context, i),

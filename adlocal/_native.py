@@ -179,7 +179,7 @@ def address_of(function: str) -> int | None:
 def error() -> AdlocalError:
     """What went wrong in this thread's last failed call."""
     lib = library()
-    return _ERRORS[lib.adl_last_status()](lib.adl_last_error().decode())
+    return _ERRORS[lib.adl_last_status()](lib.adl_last_error().decode("utf-8", errors="replace"))
 
 
 def check(status: int) -> int:

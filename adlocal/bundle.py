@@ -26,7 +26,7 @@ PLUS_NAME, MINUS_NAME = "proxy-plus.gguf", "proxy-minus.gguf"
 DEFAULT_GUARD = 0.05
 
 # GGUF value types of the keys below, by gguf's names; lists are arrays of them.
-U32, F64, BOOL, STRING = "UINT32", "FLOAT64", "BOOL", "STRING"
+U32, I32, F64, BOOL, STRING = "UINT32", "INT32", "FLOAT64", "BOOL", "STRING"
 
 
 def _key(name: str, kind: str) -> Any:
@@ -112,9 +112,8 @@ class Bundle:
     def _from_header(cls, header: GGUFHeader) -> Bundle:
         values = {}
         for f in dataclasses.fields(cls):
-            values[f.name] = header.get(f.metadata["key"])
-            if values[f.name] is None:
-                raise BundleError(f"{header.path}: key {f.metadata['key']} is missing; convert again")
+            kind = f.metadata["type"]
+            values[f.name] = _typed(header, f.metadata["key"], f"ARRAY of {kind}" if "list" in str(f.type) else kind)
         return cls(**values)
 
     def _check_values(self, directory: str | os.PathLike[str]) -> None:
@@ -122,6 +121,10 @@ class Bundle:
             value = getattr(self, name)
             if not (np.isfinite(value) and value > 0):
                 raise BundleError(f"{directory}: {name} is {value}, expected a positive number; convert again")
+        if not 0 <= self.guard <= 1:
+            raise BundleError(f"{directory}: guard is {self.guard}, expected 0 to 1; convert again")
+        if not 1 <= len(self.id) <= 64:
+            raise BundleError(f"{directory}: bundle_id has {len(self.id)} characters, expected 1 to 64; convert again")
 
     def lam(self, strength: float) -> float:
         """λ of a strength in nats: the factor of Δ in logit space."""
@@ -135,7 +138,7 @@ class Bundle:
         """(key, value, GGUF type) of every key that a half stores; `sign` is +1 or −1."""
         for f in dataclasses.fields(self):
             yield f.metadata["key"], getattr(self, f.name), f.metadata["type"]
-        yield PREFIX + "sign", sign, "INT32"
+        yield PREFIX + "sign", sign, I32
 
 
 def _half(directory: Path, name: str) -> GGUFHeader:
@@ -147,10 +150,20 @@ def _half(directory: Path, name: str) -> GGUFHeader:
         raise BundleError(f"bundle half unusable: {error}") from None
 
 
+def _typed(half: GGUFHeader, key: str, expected: str) -> Any:
+    """Value of a key that has to be there, in the GGUF type that convert writes."""
+    kind = half.type_of(key)
+    if kind is None:
+        raise BundleError(f"{half.path}: key {key} is missing; convert again")
+    if kind != expected:
+        raise BundleError(f"{half.path}: key {key} is of GGUF type {kind}, expected {expected}; convert again")
+    return half.get(key)
+
+
 def _check_version(half: GGUFHeader) -> None:
-    version = half.get(PREFIX + "format_version")
-    if version is None:
+    if half.type_of(PREFIX + "format_version") is None:
         raise BundleError(f"{half.path}: a GGUF file, but no half of a bundle; make one with `adlocal convert`")
+    version = _typed(half, PREFIX + "format_version", U32)
     if version != FORMAT_VERSION:
         raise BundleError(
             f"{half.path}: bundle format {version}; this adlocal reads {FORMAT_VERSION}: "
@@ -159,7 +172,7 @@ def _check_version(half: GGUFHeader) -> None:
 
 
 def _check_signs(plus: GGUFHeader, minus: GGUFHeader) -> None:
-    signs = plus.get(PREFIX + "sign"), minus.get(PREFIX + "sign")
+    signs = tuple(_typed(half, PREFIX + "sign", I32) for half in (plus, minus))
     if signs == (-1, 1):
         raise BundleError(
             f"{plus.path.parent}: the halves are swapped; exchange the names {PLUS_NAME} and {MINUS_NAME}"

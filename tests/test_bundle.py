@@ -206,7 +206,7 @@ def test_one_half_twice(name: str, copy_bundle: Copy) -> None:
 def test_a_half_without_sign(name: str, copy_bundle: Copy) -> None:
     directory = copy_bundle("bundle")
     drop(directory / name, "adlocal.sign")
-    assert "the halves' signs are" in problem(directory)
+    assert "key adlocal.sign is missing" in problem(directory)
 
 
 @pytest.mark.parametrize("name", HALVES)

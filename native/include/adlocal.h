@@ -313,11 +313,12 @@ ADL_API double adl_pair_dose(struct adl_pair * pair, int32_t row, llama_token to
 // without an accept (grammar resampling) it uses what it has. Candidates are told by their id, so others may have been
 // dropped or sorted before; the guard and the centring are then over those that are left.
 //
-// Fails closed: when the pair cannot be evaluated, end-of-generation is all that can be sampled. Where a grammar rules
-// that out, before this sampler or after it, all tokens that it allows are equally likely: what is sampled then owes
-// nothing to the teacher, and llama.cpp, which ends the process when a grammar has to accept a token that it forbids, goes
-// on. (With a grammar and then a truncation before it, this sampler cannot know: put it before the truncation.) Ask
-// adl_sampler_error before showing a token.
+// Fails closed: when the pair cannot be evaluated, end-of-generation has all the probability, and every other token that
+// is left the same tiny one. Where something rules end-of-generation out (a grammar that is not at its end, a bias) or
+// prefers unlikely tokens (adaptive-p, XTC at threshold 0), what is sampled owes nothing to the teacher. Ask
+// adl_sampler_error before showing a token. Put truncations after this sampler and after the grammar: together with a
+// grammar, one before them may leave end-of-generation alone, and llama.cpp ends the process when a grammar has to accept
+// a token that it forbids.
 //
 // Ownership is llama.cpp's: a chain frees what was added to it, otherwise llama_sampler_free does. The pair must outlive it.
 //

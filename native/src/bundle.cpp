@@ -1,4 +1,5 @@
-// The same validation as adlocal/bundle.py, with the same outcomes: tests/test_bundle.py gives both the same vectors.
+// The same validation as adlocal/bundle.py: tests/test_native.py gives both the same vectors. What it leaves to llama.cpp,
+// which refuses it when it loads the weights, is a file that ends before its last tensor does.
 
 #include "bundle.hpp"
 
@@ -118,13 +119,29 @@ size_t size_of(gguf_type type) {
     }
 }
 
+// Numbers by value, as anyone would compare them: NaN is like nothing, −0 is 0.
+bool same_numbers(gguf_type type, const void * a, const void * b, size_t n) {
+    if (type != GGUF_TYPE_FLOAT64) {
+        return n == 0 || std::memcmp(a, b, n * size_of(type)) == 0;
+    }
+    for (size_t i = 0; i < n; ++i) {
+        double x, y; // GGUF does not align values
+        std::memcpy(&x, static_cast<const char *>(a) + i * sizeof x, sizeof x);
+        std::memcpy(&y, static_cast<const char *>(b) + i * sizeof y, sizeof y);
+        if (!(x == y)) {
+            return false;
+        }
+    }
+    return true;
+}
+
 bool same_array(const adl_llama & llama, const Key & key, const Half & a, int64_t i, const Half & b, int64_t j) {
     const size_t n = llama.gguf_get_arr_n(a.gguf(), i);
     if (n != llama.gguf_get_arr_n(b.gguf(), j)) {
         return false;
     }
     if (key.type != GGUF_TYPE_STRING) {
-        return n == 0 || std::memcmp(llama.gguf_get_arr_data(a.gguf(), i), llama.gguf_get_arr_data(b.gguf(), j), n * size_of(key.type)) == 0;
+        return same_numbers(key.type, llama.gguf_get_arr_data(a.gguf(), i), llama.gguf_get_arr_data(b.gguf(), j), n);
     }
     for (size_t k = 0; k < n; ++k) {
         if (std::strcmp(llama.gguf_get_arr_str(a.gguf(), i, k), llama.gguf_get_arr_str(b.gguf(), j, k)) != 0) {
@@ -142,7 +159,7 @@ bool same(const adl_llama & llama, const Key & key, const Half & a, const Half &
     if (key.type == GGUF_TYPE_STRING) {
         return a.text(key) == b.text(key);
     }
-    return std::memcmp(llama.gguf_get_val_data(a.gguf(), i), llama.gguf_get_val_data(b.gguf(), j), size_of(key.type)) == 0;
+    return same_numbers(key.type, llama.gguf_get_val_data(a.gguf(), i), llama.gguf_get_val_data(b.gguf(), j), 1);
 }
 
 void check_version(const Half & half) {
@@ -202,6 +219,21 @@ double positive(const char * dir, const Half & half, const Key & key) {
     return value;
 }
 
+double share(const char * dir, const Half & half, const Key & key) {
+    const auto value = half.value<double>(key);
+    if (!(value >= 0 && value <= 1)) {
+        refuse(format("%s: %s is %g, expected 0 to 1; convert again", dir, key.name, value));
+    }
+    return value;
+}
+
+void copy_id(const char * dir, const std::string & id, char (&out)[65]) {
+    if (id.empty() || id.size() >= sizeof out) {
+        refuse(format("%s: %s has %zu characters, expected 1 to %zu; convert again", dir, ID.name, id.size(), sizeof out - 1));
+    }
+    std::memcpy(out, id.c_str(), id.size() + 1);
+}
+
 } // namespace
 
 std::string plus_path(const char * dir) {
@@ -225,11 +257,11 @@ adl_bundle read_bundle(const adl_llama & llama, const char * dir) {
 
     adl_bundle bundle     = {};
     bundle.format_version = FORMAT_VERSION;
-    std::strncpy(bundle.id, plus.text(ID).c_str(), sizeof bundle.id - 1);
+    copy_id(dir, plus.text(ID), bundle.id);
     bundle.epsilon       = positive(dir, plus, EPSILON);
     bundle.delta_scale   = positive(dir, plus, DELTA_SCALE);
     bundle.gradient_norm = positive(dir, plus, NORM);
-    bundle.guard         = plus.value<double>(GUARD);
+    bundle.guard         = share(dir, plus, GUARD);
     return bundle;
 }
 

@@ -18,18 +18,31 @@ thread_local Kept kept;
 
 } // namespace
 
+size_t cut(const char * text, size_t most) noexcept {
+    size_t n = 0;
+    while (n < most && text[n] != '\0') {
+        ++n;
+    }
+    while (n == most && most > 0 && (static_cast<unsigned char>(text[most]) & 0xC0) == 0x80) {
+        n = --most; // text[most] goes on with a character that began before
+    }
+    return n;
+}
+
 std::string format(const char * fmt, ...) {
-    char    buffer[1024];
+    char    buffer[sizeof Kept::message + 4];
     va_list args;
     va_start(args, fmt);
     std::vsnprintf(buffer, sizeof buffer, fmt, args);
     va_end(args);
-    return buffer;
+    return std::string(buffer, cut(buffer, sizeof Kept::message - 1));
 }
 
 int32_t keep(int32_t status, const char * message) noexcept {
-    kept.status = status;
-    std::strncpy(kept.message, message, sizeof kept.message - 1);
+    const size_t n = cut(message, sizeof kept.message - 1);
+    kept.status    = status;
+    std::memcpy(kept.message, message, n);
+    kept.message[n] = '\0';
     return status;
 }
 

@@ -22,6 +22,9 @@ __attribute__((format(printf, 1, 2)))
 #endif
 std::string format(const char * fmt, ...);
 
+// Bytes of the first `most` of a UTF-8 text that are whole characters.
+size_t cut(const char * text, size_t most) noexcept;
+
 // Keeps an error for adl_last_error and returns its status. Never throws: a message that finds no memory is cut.
 int32_t keep(const Error & error) noexcept;
 int32_t keep(int32_t status, const char * message) noexcept;

@@ -22,6 +22,16 @@ struct Evaluated {
     double             mean; // E[Δ]
 };
 
+// Room for one application. Not state: a copy starts without, which keeps clones cheap.
+struct Scratch {
+    Scratch() = default;
+    Scratch(const Scratch &) {}
+    Scratch & operator=(const Scratch &) = delete;
+
+    std::vector<size_t> order; // of the candidates, those with a Δ first
+    std::vector<float>  logits, plus, minus;
+};
+
 class Sampler {
   public:
     Sampler(adl_pair * pair, double strength, double guard) : pair_(pair), strength_(strength), guard_(guard) {}
@@ -101,43 +111,46 @@ class Sampler {
 
     void adjust(llama_token_data_array * candidates) {
         const Settings settings = {pair_->epsilon, strength_ / pair_->delta_scale, guard_};
-        const size_t   n        = candidates->size;
-        order_.clear();
-        for (size_t i = 0; i < n; ++i) {
-            check_id(candidates->data[i].id);
-            order_.push_back(i);
-        }
-        // Those with a Δ first, as adl::adjust wants them.
-        const auto shared = std::stable_partition(order_.begin(), order_.end(), [&](size_t i) { return candidates->data[i].id < pair_->n_shared; });
-        const auto n_shared = static_cast<int32_t>(shared - order_.begin());
-        gather(candidates, n_shared);
-        const Proxies proxies = {plus_.data(), minus_.data(), n_shared};
-        row_     = adl::adjust(logits_.data(), static_cast<int32_t>(n), proxies, n_shared, settings, evaluated_->mean);
+        const int32_t  n_shared = gather(candidates);
+        auto &         logits   = scratch_.logits;
+        const Proxies  proxies  = {scratch_.plus.data(), scratch_.minus.data(), n_shared};
+        row_     = adl::adjust(logits.data(), static_cast<int32_t>(logits.size()), proxies, n_shared, settings, evaluated_->mean);
         applied_ = true;
-        for (size_t k = 0; k < n; ++k) {
-            candidates->data[order_[k]].logit = logits_[k];
+        for (size_t k = 0; k < logits.size(); ++k) {
+            candidates->data[scratch_.order[k]].logit = logits[k];
         }
         candidates->sorted = false;
+    }
+
+    // Lays the candidates out as adl::adjust wants them: those with a Δ first. Returns their number.
+    int32_t gather(const llama_token_data_array * candidates) {
+        const llama_token_data * data = candidates->data;
+        auto &                   order = scratch_.order;
+        order.resize(candidates->size);
+        for (size_t i = 0; i < order.size(); ++i) {
+            check_id(data[i].id);
+            order[i] = i;
+        }
+        const auto shared   = std::stable_partition(order.begin(), order.end(), [&](size_t i) { return data[i].id < pair_->n_shared; });
+        const auto n_shared = static_cast<int32_t>(shared - order.begin());
+        scratch_.logits.resize(order.size());
+        scratch_.plus.resize(n_shared);
+        scratch_.minus.resize(n_shared);
+        for (size_t k = 0; k < order.size(); ++k) {
+            scratch_.logits[k] = data[order[k]].logit;
+        }
+        for (int32_t k = 0; k < n_shared; ++k) {
+            const llama_token id = data[order[k]].id;
+            scratch_.plus[k]     = evaluated_->plus[id];
+            scratch_.minus[k]    = evaluated_->minus[id];
+        }
+        return n_shared;
     }
 
     void check_id(llama_token id) const {
         if (id < 0 || id >= pair_->n_vocab_teacher) {
             throw Error{ADL_ERROR_PROXY, format("candidate %d is none of the teacher's %d tokens; is this chain another model's?", id,
                                                 pair_->n_vocab_teacher)};
-        }
-    }
-
-    void gather(const llama_token_data_array * candidates, int32_t n_shared) {
-        logits_.resize(order_.size());
-        plus_.resize(n_shared);
-        minus_.resize(n_shared);
-        for (size_t k = 0; k < order_.size(); ++k) {
-            logits_[k] = candidates->data[order_[k]].logit;
-        }
-        for (int32_t k = 0; k < n_shared; ++k) {
-            const llama_token id = candidates->data[order_[k]].id;
-            plus_[k]             = evaluated_->plus[id];
-            minus_[k]            = evaluated_->minus[id];
         }
     }
 
@@ -196,8 +209,7 @@ class Sampler {
     adl_dose                         dose_    = {};
     std::string                      error_;
 
-    std::vector<size_t> order_; // scratch of adjust()
-    std::vector<float>  logits_, plus_, minus_;
+    Scratch scratch_;
 };
 
 Sampler * self(const llama_sampler * smpl) {

@@ -16,14 +16,18 @@ bool same_text(const char * a, const char * b) {
     return a == nullptr || b == nullptr ? a == b : std::strcmp(a, b) == 0;
 }
 
+std::string brief(const char * text) {
+    return text == nullptr ? "nothing" : std::string(text, cut(text, 64));
+}
+
 void check_token(const adl_llama & llama, const llama_vocab * teacher, const llama_vocab * proxy, llama_token token) {
     const char *          ours = llama.llama_vocab_get_text(teacher, token), *theirs = llama.llama_vocab_get_text(proxy, token);
     const llama_token_attr our_type = llama.llama_vocab_get_attr(teacher, token), their_type = llama.llama_vocab_get_attr(proxy, token);
     if (!same_text(ours, theirs) || our_type != their_type) {
         throw Error{ADL_ERROR_VOCABULARY,
-                    format("token %d is '%.64s' (type %d) to the teacher and '%.64s' (type %d) to the proxy; "
+                    format("token %d is '%s' (type %d) to the teacher and '%s' (type %d) to the proxy; "
                            "convert a proxy that shares the teacher's tokenizer",
-                           token, ours ? ours : "nothing", our_type, theirs ? theirs : "nothing", their_type)};
+                           token, brief(ours).c_str(), our_type, brief(theirs).c_str(), their_type)};
     }
 }
 

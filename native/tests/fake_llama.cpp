@@ -41,7 +41,7 @@ struct llama_context {
     std::vector<Cell>    cells;
     std::vector<float>   rows;
     int                  n_threads, n_threads_batch;
-    std::atomic<int>     n_decodes{0};
+    std::atomic<int>     n_decodes{0}, n_synchronizes{0};
     std::atomic<bool>    in_use{false};
 };
 
@@ -390,6 +390,7 @@ std::vector<std::pair<llama_pos, llama_token>> memory(const llama_context * ctx,
 }
 
 int                  n_decodes(const llama_context * ctx) { return ctx->n_decodes; }
+int                  n_synchronizes(const llama_context * ctx) { return ctx->n_synchronizes; }
 int                  n_threads(const llama_context * ctx) { return ctx->n_threads; }
 int                  n_threads_batch(const llama_context * ctx) { return ctx->n_threads_batch; }
 llama_context_params context_params(const llama_context * ctx) { return ctx->params; }
@@ -600,7 +601,7 @@ int32_t llama_decode(llama_context * ctx, llama_batch batch) {
 
 void llama_synchronize(llama_context * ctx) {
     Use use(ctx);
-    add_count(&Counts::synchronizes, 1);
+    ++ctx->n_synchronizes;
 }
 
 // As in the real one there is a buffer even where there are no rows.

@@ -84,7 +84,6 @@ struct Settings {
 struct Counts {
     int models = 0, contexts = 0, ggufs = 0, samplers = 0; // alive
     int decodes                = 0; // llama_decode calls of all contexts
-    int synchronizes           = 0;
     int max_together           = 0; // decodes at once
     int max_threads            = 0; // sum over decodes at once, single tokens
     int max_threads_batch      = 0; // and longer batches
@@ -111,6 +110,7 @@ std::vector<float> logits(const std::string & path, const std::vector<llama_toke
 std::vector<std::pair<llama_pos, llama_token>> memory(const llama_context * ctx, llama_seq_id seq_id);
 
 int                  n_decodes(const llama_context * ctx);
+int                  n_synchronizes(const llama_context * ctx);
 int                  n_threads(const llama_context * ctx);       // as last set
 int                  n_threads_batch(const llama_context * ctx);
 llama_context_params context_params(const llama_context * ctx);  // as given to llama_init_from_model

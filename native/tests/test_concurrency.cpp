@@ -132,6 +132,21 @@ TEST(auto_keeps_turns_where_the_halves_share_a_queue) {
     CHECK_EQ(fake::n_threads_batch(adl_pair_get_context(host.pair, -1)), 4);
 }
 
+TEST(auto_times_single_tokens_to_their_end) {
+    install();
+    fake::settings().supports_offload = true;
+    fake::settings().decode_time      = milliseconds(1);
+    Host host(with_mode(ADL_CONCURRENCY_AUTO));
+    for (int i = 0; i < 40; ++i) {
+        decode_batch(host.pair, 8); // a prompt's batches are no measure of it
+    }
+    CHECK(only_this_thread_decoded());
+    time_both_ways(host.pair);
+    const int plus  = fake::n_synchronizes(adl_pair_get_context(host.pair, 1)); // a GPU works on after llama_decode
+    const int minus = fake::n_synchronizes(adl_pair_get_context(host.pair, -1));
+    CHECK(plus > 0 && plus == minus);
+}
+
 TEST(auto_takes_turns_on_a_cpu) {
     for (const bool supports_offload : {true, false}) {
         install();

@@ -313,8 +313,12 @@ TEST(setting_a_prefix) {
         if (status == ADL_OK) {
             apply_and_check(smpl.get(), prefix);
             CHECK(adl_sampler_error(smpl.get()) == nullptr);
-        } else { // the text is the new one, which the sampler does not know
-            apply_and_check(smpl.get(), prefix);
+        } else { // the teacher's text is the new one, which the sampler does not know
+            Tokens text = prefix;
+            apply_and_check(smpl.get(), text);
+            smpl->iface->accept(smpl.get(), 8);
+            text.push_back(8);
+            apply_and_check(smpl.get(), text);
         }
         return reached;
     });
@@ -336,6 +340,8 @@ TEST(cloning) {
         CHECK(clone != nullptr || (all && reached));
         if (clone) {
             apply_and_check(clone.get(), {5, 6});
+            clone->iface->accept(clone.get(), 7);
+            apply_and_check(clone.get(), {5, 6, 7});
             CHECK(reached || adl_sampler_error(clone.get()) == nullptr);
         }
         apply_and_check(smpl.get(), {5, 6});

@@ -660,6 +660,18 @@ TEST(where_a_grammar_forbids_one_end_the_other_has_all) {
     CHECK(given.logit(10) <= -1e6f && given.logit(10) == given.logit(20));
 }
 
+TEST(where_everything_is_forbidden_an_end_is_left) {
+    install();
+    Broken     f;
+    Candidates given({5, 6});
+    for (llama_token_data & d : given.data) {
+        d.logit = -INF;
+    }
+    given.apply(f.smpl);
+    CHECK_EQ(given.data.size(), size_t{1});
+    CHECK(is_end(given.data[0]) && given.data[0].logit == 0);
+}
+
 TEST(a_teacher_without_an_end_leaves_equal_tokens) {
     install();
     fake::file(TEACHER).vocab.ends.clear();
