@@ -177,9 +177,9 @@ def rebuild_command(flags: "dict[str, str]") -> str:
 
 def fingerprint() -> str:
     """Return a hash of what gets installed: the requirements, and the sources of the native core."""
-    native = ROOT / "native"
-    sources = [native / "CMakeLists.txt", *native.glob("cmake/*"), *native.glob("include/*"), *native.glob("src/*")]
-    parts = [ROOT / "pyproject.toml", CONSTRAINTS, *sorted(sources)]
+    native = [path for path in sorted((ROOT / "native").rglob("*")) if path.is_file()]
+    sources = [path for path in native if not {"tests", "examples"} & set(path.parts[len(ROOT.parts) :])]
+    parts = [ROOT / "pyproject.toml", CONSTRAINTS, *sources]
     return hashlib.sha256(b"\0".join(part.read_bytes() for part in parts)).hexdigest()
 
 

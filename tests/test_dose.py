@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pytest
 from adlocal_convert.word_problems import word_problems
 
-from adlocal import AntidistillationLlama, lockstep
-from adlocal.adjust import Adjusted, Floats, adjust, candidates
+from adlocal import AntidistillationLlama, ProxyPair
+from adlocal.adjust import adjust, candidates, delta
 from adlocal.traces import Trace, TraceEncoder
 
 pytestmark = pytest.mark.real
@@ -23,12 +23,16 @@ N_PROMPTS, N_TOKENS, STRENGTH = 30, 16, 4.0
 UNPROTECTED = 1e-6
 
 
-def permuted(z: Floats, delta: Floats, *, lam: float, guard: float) -> Adjusted:
-    """The adjustment with Δ permuted among the candidates: the same shifts, on the wrong tokens."""
-    ids = candidates(z, guard, len(delta))
-    dealt = delta.copy()
+def permuted(pair: ProxyPair, logits: Any, strength: float, guard: float) -> list[tuple[float, int]]:
+    """`ProxyPair.adjust` with Δ permuted among the candidates: the same shifts, on the wrong tokens."""
+    (plus,), (minus,) = pair.rows()
+    z = np.ctypeslib.as_array(logits, (pair.n_vocab,))
+    dealt = delta(plus, minus, pair.bundle.epsilon)
+    ids = candidates(z, guard)
     dealt[ids] = np.random.default_rng(int(ids.sum())).permutation(dealt[ids])
-    return adjust(z, dealt, lam=lam, guard=guard)
+    result = adjust(z, dealt, lam=pair.bundle.lam(strength), guard=guard)
+    z[:] = result.logits
+    return [(result.kl, result.n_candidates)]
 
 
 def test_protected_text_carries_more_dose_and_permuted_delta_does_not(
@@ -54,7 +58,7 @@ def test_protected_text_carries_more_dose_and_permuted_delta_does_not(
             dose("sampled plain", UNPROTECTED, temp=1.0)
             dose("sampled protected", STRENGTH, temp=1.0)
             with monkeypatch.context() as patch:
-                patch.setattr(lockstep, "adjust", permuted)
+                patch.setattr(ProxyPair, "adjust", permuted)
                 dose("greedy permuted", STRENGTH, **greedy)
                 dose("sampled permuted", STRENGTH, temp=1.0)
     for way in ("greedy", "sampled"):

@@ -13,7 +13,8 @@
 //   - llama.cpp is reached only through the table of pointers that the host gives (struct adl_llama). The library links
 //     no llama.cpp, so it works beside one that is linked statically, dynamically, or loaded by another language.
 //   - What can fail returns ADL_OK (0) or more on success and an error code (< 0), or NULL, on failure. adl_last_error()
-//     then says in words what was given, what was expected and what to do. No C++ exception leaves the library.
+//     then says in words what was given, what was expected and what to do. Besides the codes that a function names, any
+//     may return ADL_ERROR_INPUT or ADL_ERROR_MEMORY. No C++ exception leaves the library.
 //   - It fails closed: where protection cannot be computed, a row is left in which end-of-generation has all the
 //     probability and every other token the same logit, so that nothing of the teacher is left in it.
 //   - Strings are UTF-8 and end in 0. Pointers that a function returns are the library's, unless a _free is named.
@@ -327,7 +328,7 @@ ADL_API struct llama_sampler * adl_sampler_init(struct adl_pair * pair, double s
 
 // The tokens of the teacher's context so far, prompt and all. Forgets what was accepted, and an error. Tokens that the host
 // passes to llama_sampler_accept (llama_sampler_sample does) are appended: a host that accepts its prompt needs no prefix.
-// Returns ADL_OK, or ADL_ERROR_INPUT if `smpl` is no sampler of adlocal's.
+// Returns ADL_OK, or ADL_ERROR_INPUT if `smpl` is no sampler of adlocal's. On an error a sampler of ours stays closed.
 ADL_API int32_t adl_sampler_set_prefix(struct llama_sampler * smpl, const llama_token * tokens, size_t n_tokens);
 
 // The sticky error in words, NULL if there is none. llama_sampler_reset and set_prefix clear it.

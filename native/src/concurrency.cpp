@@ -12,7 +12,8 @@ namespace adl {
 
 namespace {
 
-constexpr int TRIALS = 16; // half of them in each mode; the best of eight is not the one that was disturbed
+constexpr int    TRIALS = 16;   // half of them in each mode; the best of eight is not the one that was disturbed
+constexpr double GAIN   = 0.95; // what two at once have to save: they leave each half of the threads
 
 } // namespace
 
@@ -98,7 +99,7 @@ void Concurrency::run(bool single, const std::function<void()> & plus, const std
     }
     time_in(trials_ % 2 == 0 ? TURNS : BOTH, plus, minus);
     if (--trials_ == 0) {
-        mode_ = best_[BOTH] < best_[TURNS] ? BOTH : TURNS;
+        mode_ = best_[BOTH] < GAIN * best_[TURNS] ? BOTH : TURNS;
     }
 }
 

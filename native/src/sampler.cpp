@@ -40,15 +40,15 @@ class Sampler {
     const char *  error() const { return error_.empty() ? nullptr : error_.c_str(); }
     adl_dose      dose() const { return dose_; }
 
-    // Without memory for them the sampler must not go on with the tokens that it had.
+    // Without them the sampler must not go on with the tokens that it had.
     void set_prefix(const llama_token * tokens, size_t n) {
         reset();
-        try {
-            tokens_.assign(tokens, tokens + n);
-        } catch (...) {
-            fail("out of memory for the prefix; give it again");
-            throw;
+        fail("the prefix could not be set; set it again");
+        if (tokens == nullptr && n > 0) {
+            throw Error{ADL_ERROR_INPUT, "adl_sampler_set_prefix: tokens is NULL"};
         }
+        tokens_.assign(tokens, tokens + n);
+        error_.clear();
     }
 
     void reset() noexcept {
@@ -288,11 +288,7 @@ struct llama_sampler * adl_sampler_init(struct adl_pair * pair, double strength,
 
 int32_t adl_sampler_set_prefix(struct llama_sampler * smpl, const llama_token * tokens, size_t n_tokens) {
     return adl::status_of([&] {
-        adl::Sampler * sampler = adl::checked(smpl);
-        if (tokens == nullptr && n_tokens > 0) {
-            throw adl::Error{ADL_ERROR_INPUT, "adl_sampler_set_prefix: tokens is NULL"};
-        }
-        sampler->set_prefix(tokens, n_tokens);
+        adl::checked(smpl)->set_prefix(tokens, n_tokens);
         return static_cast<int32_t>(ADL_OK);
     });
 }

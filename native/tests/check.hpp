@@ -7,7 +7,6 @@
 #include <cstdio>
 #include <cstring>
 #include <exception>
-#include <functional>
 #include <mutex>
 #include <sstream>
 #include <string>
@@ -21,7 +20,7 @@ struct Test {
 };
 
 inline std::vector<Test> tests;
-inline std::function<void()> after_each;
+inline void (*after_each)() = nullptr;
 inline int        n_failed = 0; // checks
 inline std::mutex mutex;        // tests may check from several threads
 
@@ -72,7 +71,8 @@ inline int run(const char * filter) {
 
 #define TEST(name) static void name(); static const bool name##_added = (check::tests.push_back({#name, name}), true); static void name()
 #define CHECK(condition) ((condition) ? void() : check::fail(__FILE__, __LINE__, "expected " #condition))
-#define CHECK_RELATION(a, b, holds, relation) [&](const auto & x, const auto & y) { if (!(holds)) { check::fail(__FILE__, __LINE__, check::values(#a, #b, relation, x, y)); } }(a, b)
+#define CHECK_RELATION(a, b, holds, relation) [&](const auto & x, const auto & y) { \
+    (holds) ? void() : check::fail(__FILE__, __LINE__, check::values(#a, #b, relation, x, y)); }(a, b)
 #define CHECK_EQ(a, b) CHECK_RELATION(a, b, x == y, "==")
 #define CHECK_NEAR(a, b, tolerance) CHECK_RELATION(a, b, std::fabs(x - y) <= (tolerance), "is near")
 #define CHECK_CONTAINS(text, words) CHECK_RELATION(std::string(text), std::string(words), x.find(y) != std::string::npos, "contains")

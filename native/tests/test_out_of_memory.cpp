@@ -313,9 +313,8 @@ TEST(setting_a_prefix) {
         if (status == ADL_OK) {
             apply_and_check(smpl.get(), prefix);
             CHECK(adl_sampler_error(smpl.get()) == nullptr);
-        } else { // the teacher's text is the new one, which the sampler does not know
+        } else { // the teacher's text is the new one, which the sampler does not know: one more token does not mend that
             Tokens text = prefix;
-            apply_and_check(smpl.get(), text);
             smpl->iface->accept(smpl.get(), 8);
             text.push_back(8);
             apply_and_check(smpl.get(), text);
@@ -339,8 +338,7 @@ TEST(cloning) {
         }
         CHECK(clone != nullptr || (all && reached));
         if (clone) {
-            apply_and_check(clone.get(), {5, 6});
-            clone->iface->accept(clone.get(), 7);
+            clone->iface->accept(clone.get(), 7); // one that lacks the text before it must not go on from here
             apply_and_check(clone.get(), {5, 6, 7});
             CHECK(reached || adl_sampler_error(clone.get()) == nullptr);
         }

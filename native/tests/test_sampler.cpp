@@ -792,7 +792,8 @@ TEST(arguments_are_checked) {
     install();
     Host         host;
     const double inf = HUGE_VAL, nan = std::nan("");
-    for (const auto & [strength, guard] : {std::pair<double, double>{-0.1, 0.05}, {nan, 0.05}, {inf, 0.05}, {1, -0.1}, {1, 1.1}, {1, nan}, {1, inf}}) {
+    for (const auto & [strength, guard] : {std::pair<double, double>{-0.1, 0.05}, {nan, 0.05}, {inf, 0.05}, {1, -0.1}, {1, 1.1}, {1, nan},
+                                           {1, inf}}) {
         CHECK(adl_sampler_init(host.pair, strength, guard) == nullptr);
         CHECK_EQ(adl_last_status(), ADL_ERROR_INPUT);
     }
