@@ -37,6 +37,7 @@ class Bench:
     Attributes:
         plain: `llama_cpp.Llama.generate`.
         protected, strength_0: `AntidistillationLlama.generate`.
+        bare: the teacher's bare `llama_decode`; what plain costs more is llama-cpp-python's own.
         ideal: sum of the three contexts' bare `llama_decode` times, each context run alone.
         in_turns: the same three, a token of each in turns, as protection has to: three models share the caches then.
         adjustment, adjustment_numpy: of one row of N_LARGE tokens, by the native core and by its oracle.
@@ -46,6 +47,7 @@ class Bench:
     plain: float
     protected: float
     strength_0: float
+    bare: float
     ideal: float
     in_turns: float
     adjustment: float
@@ -58,6 +60,7 @@ class Bench:
             "protected_of_ideal": self.ideal / self.protected,
             "protected_of_in_turns": self.in_turns / self.protected,
             "protected_of_plain": self.plain / self.protected,
+            "plain_of_bare": self.bare / self.plain,
             "strength_0_of_plain": self.plain / self.strength_0,
             "native_of_numpy": self.adjustment / self.adjustment_numpy,
         }
@@ -80,6 +83,7 @@ def measure(args: argparse.Namespace) -> Bench:
             "plain": lambda: _generate(plain, n),
             "protected": lambda: _generate(llm, n),
             "strength_0": lambda: _generate(llm, n, strength=0.0),
+            "bare": lambda: _decode([plain.ctx], n),
             "ideal": lambda: sum(_decode([context], n) for context in contexts),
             "in_turns": lambda: _decode(contexts, n),
             "adjustment": row.native,
@@ -105,6 +109,7 @@ def _check(args: argparse.Namespace, llm: AntidistillationLlama) -> None:
 def describe(result: Bench) -> str:
     """A table for people."""
     rows = [
+        ("bare llama_decode of the teacher", result.bare, f"plain is {result.bare / result.plain:.3f} of it"),
         ("plain llama_cpp.Llama.generate", result.plain, ""),
         ("AntidistillationLlama", result.protected, f"{result.plain / result.protected:.3f} of plain"),
         ("AntidistillationLlama, strength 0", result.strength_0, f"{result.plain / result.strength_0:.3f} of plain"),
