@@ -120,9 +120,9 @@ class LockstepContext:
         if p1 >= 0:
             raise ProxyError(f"removing positions {p0} to {p1} would shift the context; protection needs it whole")
         removed = bool(self._teacher.kv_cache_seq_rm(seq_id, p0, p1))
-        if removed:
-            self._in_step = -1
+        if removed and max(p0, 0) < len(self.tokens):  # Llama asks before every batch, mostly for nothing
             del self.tokens[max(p0, 0) :]
+            self.rows, self._in_step = [], -1
         return removed
 
     def kv_cache_clear(self) -> None:

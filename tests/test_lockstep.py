@@ -20,7 +20,7 @@ from llama_cpp._internals import LlamaSampler
 from llama_cpp.llama_chat_format import Llava15ChatHandler
 from llama_cpp.llama_speculative import LlamaDraftModel
 
-from adlocal import AntidistillationLlama, BundleError, InputError, ModelError, ProxyError
+from adlocal import AntidistillationLlama, BundleError, InputError, ModelError, ProxyError, ProxyPair
 from adlocal.score import score_trace
 from adlocal.traces import EncodedTrace
 
@@ -223,6 +223,21 @@ def test_the_pair_holds_what_the_teacher_holds(llm: AntidistillationLlama) -> No
     for prompt in ("abcdef", "abcxyz", "abc", "zzz"):
         greedy(llm, prompt)
         assert llm.pair.tokens == llm._lockstep.tokens == llm._input_ids.tolist()
+
+
+def test_following_costs_nothing_a_token(llm: AntidistillationLlama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Llama.eval` truncates before every token, to the length that the memory has: that is no reason to compare it."""
+    monkeypatch.setattr(ProxyPair, "sync", lambda *_: pytest.fail("the pair's tokens were compared with the teacher's"))
+    assert len(greedy(llm)) == 8
+
+
+def test_rows_of_forgotten_tokens_are_not_sampled(llm: AntidistillationLlama) -> None:
+    """After a rollback the rows at hand belong to other positions."""
+    llm.eval(llm.tokenize(PROMPT.encode()))
+    llm._ctx.kv_cache_seq_rm(-1, 3, -1)
+    llm.n_tokens = 3
+    with pytest.raises(ProxyError, match="evaluate a token first"):
+        llm.sample()
 
 
 def test_strength_0_for_a_while_and_back(llm: AntidistillationLlama) -> None:

@@ -197,7 +197,7 @@ struct adl_pair;
 // get half of them each.
 enum adl_concurrency {
     // In turns on a CPU, where together they take as long as one after the other; where layers are offloaded, the first
-    // single-token batches are timed both ways and the faster is kept.
+    // single-token batches are timed both ways, and at once is kept if it saves 5%.
     ADL_CONCURRENCY_AUTO  = 0,
     ADL_CONCURRENCY_TURNS = 1, // one after the other, on the caller's thread
     ADL_CONCURRENCY_BOTH  = 2, // at once, the second on a thread of the pair's own
