@@ -50,6 +50,7 @@ class BundleStruct(ctypes.Structure):
 
     _fields_ = (
         ("format_version", _u32),
+        ("is_adapter", _bool),
         ("id", ctypes.c_char * 65),
         ("epsilon", _f64),
         ("delta_scale", _f64),
@@ -65,6 +66,7 @@ class PairParams(ctypes.Structure):
         ("model", llama_cpp.llama_model_params),
         ("context", llama_cpp.llama_context_params),
         ("concurrency", ctypes.c_int),
+        ("epsilon", _f64),
     )
 
 
@@ -94,7 +96,10 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "adl_vocab_shared": (_i32, (_p, _p, _p)),
     "adl_pair_init": (_p, (_p, _str, _p, PairParams)),
     "adl_pair_init_from_files": (_p, (_p, _str, _str, _f64, _f64, _p, PairParams)),
+    "adl_pair_init_from_adapter": (_p, (_p, _str, _str, _f64, _f64, _p, PairParams)),
     "adl_pair_free": (None, (_p,)),
+    "adl_pair_epsilon": (_f64, (_p,)),
+    "adl_pair_set_epsilon": (_i32, (_p, _f64)),
     "adl_pair_n_ctx": (_u32, (_p,)),
     "adl_pair_n_vocab": (_i32, (_p,)),
     "adl_pair_get_context": (_p, (_p, _i32)),

@@ -12,7 +12,8 @@ from typing import Any
 from llama_cpp._internals import LlamaBatch, LlamaContext
 
 from .errors import ProxyError
-from .pair import PairState, ProxyPair
+from .pair import ProxyPair
+from .state import PairState
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Settings:
 
     strength: float
     guard: float
+    epsilon: float
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""The pair: both perturbed proxies in two llama.cpp contexts that evaluate the same tokens, in the native core."""
+"""The pair: both perturbed proxies in two llama.cpp contexts that evaluate the same tokens, in the native core.
+
+Of an adapter bundle one model is loaded for both contexts, and ĝ is attached to them at +ε and −ε.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import ctypes
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +20,11 @@ from llama_cpp._logger import set_verbose
 
 from . import _native, adjust
 from ._gguf import captured_log, last_line
-from .bundle import MINUS_NAME, PLUS_NAME, Bundle
+from .bundle import ADAPTER, NAMES, Bundle
 from .errors import InputError, ProxyError
+from .state import PairState, get_state, set_state
 
 Rows = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class PairState:
-    """Both proxies' memory, as `llama_state_get_data` gives it, and the tokens it holds."""
-
-    bundle_id: str
-    tokens: tuple[int, ...]
-    plus: bytes
-    minus: bytes
 
 
 class ProxyPair:
@@ -72,8 +65,9 @@ class ProxyPair:
         type_k: int | None = None,
         type_v: int | None = None,
         verbose: bool = False,
+        epsilon: float | None = None,
     ) -> ProxyPair:
-        """Validates the bundle and loads both halves.
+        """Validates the bundle and loads it, whichever format it is of.
 
         Args:
             bundle_dir: what `adlocal convert` wrote.
@@ -84,16 +78,20 @@ class ProxyPair:
             n_threads, n_threads_batch: as in `llama_cpp.Llama`; all cores by default.
             n_gpu_layers: layers to offload, -1 for all.
             type_k, type_v: KV cache types, as in `llama_cpp.Llama`.
+            epsilon: step along ĝ, in units of the weights, for an adapter bundle; the bundle's by default.
 
         Raises:
-            BundleError: the halves are missing or do not fit together.
-            ModelError: llama.cpp refuses a half, or `n_ctx` exceeds what the proxy was trained for.
+            BundleError: a file is missing, or the two do not fit together.
+            InputError: `epsilon` is no positive number, or the bundle is of halves and was written at another.
+            ModelError: llama.cpp refuses a file, or `n_ctx` exceeds what the proxy was trained for.
             VocabularyError: teacher and proxy number their tokens differently.
         """
         directory = Path(bundle_dir)
         bundle = Bundle.open(directory)
         params = context_params(n_ctx, n_batch, n_outputs, n_threads, n_threads_batch, type_k, type_v)
-        return cls.load(directory / PLUS_NAME, directory / MINUS_NAME, bundle, params, n_gpu_layers, teacher, verbose)
+        first, second = (directory / name for name in NAMES[bundle.format])
+        load = cls.load_adapter if bundle.format == ADAPTER else cls.load
+        return load(first, second, bundle, params, n_gpu_layers, teacher, verbose, epsilon)
 
     @classmethod
     def load(
@@ -105,21 +103,55 @@ class ProxyPair:
         n_gpu_layers: int = 0,
         teacher: LlamaModel | None = None,
         verbose: bool = False,
+        epsilon: float | None = None,
     ) -> ProxyPair:
         """Loads two files as the halves of `bundle`, whatever their own metadata say. For the converter's sweep."""
+        return cls._load(
+            "adl_pair_init_from_files", plus, minus, bundle, params, n_gpu_layers, teacher, verbose, epsilon
+        )
+
+    @classmethod
+    def load_adapter(
+        cls,
+        base: Path,
+        adapter: Path,
+        bundle: Bundle,
+        params: llama_cpp.llama_context_params,
+        n_gpu_layers: int = 0,
+        teacher: LlamaModel | None = None,
+        verbose: bool = False,
+        epsilon: float | None = None,
+    ) -> ProxyPair:
+        """Loads a model and a LoRA adapter of ĝ as `bundle`, whatever their own metadata say."""
+        return cls._load(
+            "adl_pair_init_from_adapter", base, adapter, bundle, params, n_gpu_layers, teacher, verbose, epsilon
+        )
+
+    @classmethod
+    def _load(
+        cls,
+        init: str,
+        first: Path,
+        second: Path,
+        bundle: Bundle,
+        params: llama_cpp.llama_context_params,
+        n_gpu_layers: int,
+        teacher: LlamaModel | None,
+        verbose: bool,
+        epsilon: float | None,
+    ) -> ProxyPair:
         set_verbose(verbose)
+        own = llama_cpp.llama_model_default_params()
+        own.n_gpu_layers = 0x7FFFFFFF if n_gpu_layers == -1 else n_gpu_layers
+        if epsilon == 0:  # the core's word for the bundle's
+            raise InputError("epsilon=0: give a positive number")
+        pair_params = _native.PairParams(own, params, 0, epsilon or 0.0)
+        scales = bundle.epsilon, bundle.delta_scale
         lib = _native.library()
-        model_params = llama_cpp.llama_model_default_params()
-        model_params.n_gpu_layers = 0x7FFFFFFF if n_gpu_layers == -1 else n_gpu_layers
         with captured_log() as log:
-            handle = lib.adl_pair_init_from_files(
-                ctypes.byref(_native.llama_table(lib)),
-                os.fsencode(plus),
-                os.fsencode(minus),
-                bundle.epsilon,
-                bundle.delta_scale,
-                teacher and ctypes.cast(teacher.model, ctypes.c_void_p),
-                _native.PairParams(model_params, params),
+            table, model = _native.llama_table(lib), teacher and ctypes.cast(teacher.model, ctypes.c_void_p)
+            handle = getattr(lib, init)(
+                ctypes.byref(table), os.fsencode(first), os.fsencode(second), *scales, model, pair_params
             )
         if handle is None:
             error = _native.error()
@@ -127,7 +159,7 @@ class ProxyPair:
         return cls(bundle, handle, params.n_batch, params.n_outputs_max)
 
     def close(self) -> None:
-        """Frees both contexts and models."""
+        """Frees contexts and models."""
         self._handle = None
         self._free()
 
@@ -149,6 +181,25 @@ class ProxyPair:
         """llama.cpp's contexts of the proxies at θ + εĝ and θ − εĝ, for reading."""
         plus, minus = (self._lib.adl_pair_get_context(self.handle, sign) for sign in (1, -1))
         return plus, minus
+
+    @property
+    def epsilon(self) -> float:
+        """The step along ĝ to either proxy that is in force, in units of the weights: Δ = (z₊ − z₋) / 2ε."""
+        return float(self._lib.adl_pair_epsilon(self.handle))
+
+    def set_epsilon(self, value: float) -> None:
+        """Attaches the adapter at another ε, for adapter bundles. The memory is cleared: `sync` starts afresh.
+
+        Raises:
+            InputError: `value` is no positive number, or the pair is of halves; nothing is changed.
+            ProxyError: llama.cpp refuses. The pair keeps its ε.
+        """
+        status = self._lib.adl_pair_set_epsilon(self.handle, value)
+        error = _native.error() if status < 0 else None
+        if not isinstance(error, InputError):
+            self.clear()
+        if error is not None:
+            raise error
 
     @property
     def n_vocab(self) -> int:
@@ -231,7 +282,7 @@ class ProxyPair:
         Returns:
             float32 array of shape (len(tokens), n_vocab), in logits a unit of ε along ĝ.
         """
-        return np.concatenate([adjust.delta(p, m, self.bundle.epsilon) for p, m in self.logits(tokens)])
+        return np.concatenate([adjust.delta(p, m, self.epsilon) for p, m in self.logits(tokens)])
 
     def doses(self, tokens: Sequence[int]) -> list[float]:
         """Dose of each token after the first, given those before it."""
@@ -267,15 +318,15 @@ class ProxyPair:
 
     def save_state(self) -> PairState:
         """Copy of both memories, for `load_state`."""
-        plus, minus = map(_get_state, self.contexts)
-        return PairState(self.bundle.id, tuple(self.tokens), plus, minus)
+        plus, minus = map(get_state, self.contexts)
+        return PairState(self.bundle.id, self.epsilon, tuple(self.tokens), plus, minus)
 
     def load_state(self, state: PairState) -> None:
-        """Restores a copy that `save_state` made. One of another bundle is left alone: `sync` evaluates afresh."""
+        """Restores a copy that `save_state` made. One of another bundle or ε is left alone: `sync` evaluates afresh."""
         self.clear()
-        if state.bundle_id == self.bundle.id:
+        if (state.bundle_id, state.epsilon) == (self.bundle.id, self.epsilon):
             for context, data in zip(self.contexts, (state.plus, state.minus), strict=True):
-                _set_state(context, data)
+                set_state(context, data)
             self._lib.adl_pair_touch(self.handle)
             self.tokens = list(state.tokens)
 
@@ -320,15 +371,3 @@ def context_params(
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _get_state(context: int) -> bytes:
-    size = llama_cpp.llama_state_get_size(context)
-    buffer = (ctypes.c_uint8 * size)()
-    return ctypes.string_at(buffer, llama_cpp.llama_state_get_data(context, buffer, size))
-
-
-def _set_state(context: int, state: bytes) -> None:
-    buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-    if llama_cpp.llama_state_set_data(context, buffer, len(state)) != len(state):
-        raise ProxyError("llama.cpp refused a saved state of a proxy; call reset() and evaluate the prompt again")

@@ -13,11 +13,13 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from adlocal_convert.convert import Options, convert
+from adlocal_convert.convert import convert
+from adlocal_convert.options import Options
 
 from adlocal import Bundle, BundleError
 from adlocal._gguf import GGUFHeader, TensorInfo
-from adlocal.bundle import FORMAT_VERSION, MINUS_NAME, PLUS_NAME, verify
+from adlocal.bundle import FORMAT_VERSION, MINUS_NAME, PLUS_NAME
+from adlocal.verify import verify
 
 HALVES = [PLUS_NAME, MINUS_NAME]
 
@@ -28,7 +30,8 @@ Copy = Callable[[str], Path]
 def bulky_bundle(tiny_llama: Path, tiny_traces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle whose linear tensors are mostly bulk."""
     out = tmp_path_factory.mktemp("bulky") / "bundle"
-    convert(Options(tiny_llama, tiny_traces, out, carriers=0.2, eps=0.01, n_threads=1, force=True), lambda line: None)
+    options = Options(str(tiny_llama), {"traces": tiny_traces}, out, carriers=0.2, eps=0.01, n_threads=1, force=True)
+    convert(options, lambda line: None)
     return out
 
 
@@ -38,7 +41,8 @@ def other_bundle(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("other")
     rows = [{"prompt": f"{i} * 2 =", "completion": f" {2 * i}"} for i in range(4)]
     (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = Options(tiny_llama, folder / "traces.jsonl", folder / "bundle", carriers=1.0, eps=0.01, n_threads=1)
+    traces = {"traces": folder / "traces.jsonl"}
+    options = Options(str(tiny_llama), traces, folder / "bundle", carriers=1.0, eps=0.01, n_threads=1)
     convert(options, lambda line: None)
     return folder / "bundle"
 
@@ -52,9 +56,14 @@ def rewrite(half: Path, key: str, value: Any) -> None:
 
 def drop(half: Path, key: str) -> None:
     """Renames a key, so that nobody finds it; its length stays."""
-    content = half.read_bytes()
-    assert content.count(key.encode()) == 1
-    half.write_bytes(content.replace(key.encode(), key[:-1].encode() + b"?"))
+    content, old = half.read_bytes(), stored(key)
+    assert content.count(old) == 1
+    half.write_bytes(content.replace(old, old[:-1] + b"?"))
+
+
+def stored(key: str) -> bytes:
+    """A key as GGUF stores it, behind its length: some keys begin with others."""
+    return len(key).to_bytes(8, "little") + key.encode()
 
 
 def flip(half: Path, tensor: TensorInfo) -> None:
@@ -168,7 +177,7 @@ def test_a_plain_model_as_a_half(name: str, copy_bundle: Copy, tiny_llama: Path)
     directory = copy_bundle("bundle")
     shutil.copy(tiny_llama, directory / name)
     message = problem(directory)
-    assert f"{directory / name}: a GGUF file, but no half of a bundle; make one with `adlocal convert`" in message
+    assert f"{directory / name}: a GGUF file, but no part of a bundle; make one with `adlocal convert`" in message
 
 
 # Halves that do not fit together
@@ -182,7 +191,7 @@ def test_a_half_of_another_bundle(name: str, copy_bundle: Copy, other_bundle: Pa
     message = problem(directory)
     assert ours in message
     assert theirs in message
-    assert "take both halves from one conversion" in message
+    assert "take both from one conversion" in message
 
 
 def test_swapped_halves(copy_bundle: Copy) -> None:
@@ -199,7 +208,7 @@ def test_one_half_twice(name: str, copy_bundle: Copy) -> None:
     (other,) = {*HALVES} - {name}
     shutil.copy(directory / name, directory / other)
     sign = 1 if name == PLUS_NAME else -1
-    assert f"the halves' signs are ({sign}, {sign}), expected (1, -1)" in problem(directory)
+    assert f"the signs of the halves are ({sign}, {sign}), expected (1, -1)" in problem(directory)
 
 
 @pytest.mark.parametrize("name", HALVES)
@@ -227,7 +236,7 @@ def test_halves_that_disagree(key: str, copy_bundle: Copy) -> None:
     assert f"the halves disagree on adlocal.{key}; convert again" in problem(directory)
 
 
-@pytest.mark.parametrize("key", ["epsilon", "delta_scale", "plus.sha256", "carriers.names"])
+@pytest.mark.parametrize("key", ["epsilon", "delta_scale", "format", "carriers.sha256", "params.excluded"])
 def test_a_missing_key(key: str, copy_bundle: Copy) -> None:
     directory = copy_bundle("bundle")
     drop(directory / PLUS_NAME, f"adlocal.{key}")

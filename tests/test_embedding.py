@@ -108,9 +108,12 @@ def check_text(host: Host, teacher: Path, bundle: Path) -> None:
     assert f"dose {dose:+.3f} over" in result.stderr
 
 
-def test_simple_c_with_find_package_writes_what_python_writes(host: Host, tiny_llama: Path, tiny_bundle: Path) -> None:
+def test_simple_c_with_find_package_writes_what_python_writes(
+    host: Host, tiny_llama: Path, tiny_bundle: Path, adapter_bundle: Path
+) -> None:
     """Through the sampler there and the pair here, so to the token and to the printed digit of the dose."""
-    check_text(host, tiny_llama, tiny_bundle)
+    for bundle in (tiny_bundle, adapter_bundle):
+        check_text(host, tiny_llama, bundle)
 
 
 def test_simple_c_with_add_subdirectory_and_a_static_core(tiny_llama: Path, tiny_bundle: Path, tmp_path: Path) -> None:

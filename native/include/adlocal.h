@@ -2,7 +2,9 @@
 //
 //     adjusted = z_T + λ (Δ − mean Δ)  among the teacher's plausible tokens,    Δ = (z₊ − z₋) / 2ε,    λ = strength / delta_scale
 //
-// z_T are the teacher's logits, z₊ and z₋ those of the two halves of a bundle (`adlocal convert` writes it): the pair.
+// z_T are the teacher's logits, z₊ and z₋ those of a bundle's two proxies at θ ± εĝ (`adlocal convert` writes it): the pair.
+// A bundle holds either both proxies as files, the halves, or the proxy at θ and ĝ as a LoRA adapter, from which the pair is
+// made over one copy of the weights. Which it is makes no difference to a host.
 // Two ways to use it, both shown in examples/simple.c and its tests:
 //
 //   the pair      the host decodes every batch with adl_pair_decode and with llama_decode, then adl_pair_adjust changes the
@@ -54,8 +56,8 @@ enum adl_status {
     ADL_OK               =  0,
     ADL_ERROR_INPUT      = -1, // an argument is out of its range
     ADL_ERROR_LLAMA      = -2, // the host's llama.cpp is not the one that this library was compiled for
-    ADL_ERROR_BUNDLE     = -3, // a half is missing, unreadable or of another format, or the halves do not fit together
-    ADL_ERROR_MODEL      = -4, // llama.cpp refuses a half, or a size that was asked for
+    ADL_ERROR_BUNDLE     = -3, // a file is missing, unreadable or of another version, or the two do not fit together
+    ADL_ERROR_MODEL      = -4, // llama.cpp refuses a file of the bundle, or a size that was asked for
     ADL_ERROR_VOCABULARY = -5, // teacher and proxy number their tokens differently
     ADL_ERROR_PROXY      = -6, // a proxy could not be evaluated or computes nonsense: nothing may be sampled
     ADL_ERROR_MEMORY     = -7, // an allocation failed
@@ -84,11 +86,14 @@ ADL_API const char * adl_version(void);
     X(void,                        llama_model_free,             (struct llama_model * model))                                 \
     X(const struct llama_vocab *,  llama_model_get_vocab,        (const struct llama_model * model))                           \
     X(int32_t,                     llama_model_n_ctx_train,      (const struct llama_model * model))                           \
+    X(struct llama_adapter_lora *, llama_adapter_lora_init,      (struct llama_model * model, const char * path))              \
     X(struct llama_context *,      llama_init_from_model,        (struct llama_model * model, struct llama_context_params p))  \
     X(void,                        llama_free,                   (struct llama_context * ctx))                                 \
     X(uint32_t,                    llama_n_ctx,                  (const struct llama_context * ctx))                           \
     X(uint32_t,                    llama_n_batch,                (const struct llama_context * ctx))                           \
     X(void,                        llama_set_n_threads,          (struct llama_context * ctx, int32_t n, int32_t n_batch))     \
+    X(int32_t,                     llama_set_adapters_lora,      (struct llama_context * ctx, struct llama_adapter_lora ** adapters, \
+                                                                  size_t n, float * scales))                                   \
     X(llama_memory_t,              llama_get_memory,             (const struct llama_context * ctx))                           \
     X(void,                        llama_memory_clear,           (llama_memory_t mem, bool data))                              \
     X(bool,                        llama_memory_seq_rm,          (llama_memory_t mem, llama_seq_id s, llama_pos a, llama_pos b)) \
@@ -167,17 +172,19 @@ ADL_API int32_t adl_llama_check(const struct adl_llama * llama);
 // Bundle
 //
 
-// What the metadata of a bundle's two halves say.
+// What the metadata of a bundle's two files say.
 struct adl_bundle {
     uint32_t format_version;
+    bool     is_adapter;    // one proxy and ĝ as a LoRA adapter, instead of two halves
     char     id[65];        // hexadecimal
-    double   epsilon;       // ε, the step along ĝ to either half, in units of the weights
+    double   epsilon;       // ε, the step along ĝ to either side, in units of the weights
     double   delta_scale;   // RMS of the centred Δ over plausible tokens, in nats: λ = strength / delta_scale
     double   gradient_norm; // ‖g‖
     double   guard;         // the guard at which delta_scale was measured, a sensible default
 };
 
-// Reads and validates both halves of the directory (proxy-plus.gguf, proxy-minus.gguf); no weights are read.
+// Reads and validates the directory's two files, whichever format they are of: proxy-plus.gguf and proxy-minus.gguf, or
+// proxy-base.gguf and proxy-adapter.gguf. No weights are read.
 // Returns ADL_OK, ADL_ERROR_BUNDLE or ADL_ERROR_LLAMA. `out` is written on success only.
 ADL_API int32_t adl_bundle_read(const struct adl_llama * llama, const char * dir, struct adl_bundle * out);
 
@@ -190,7 +197,7 @@ ADL_API int32_t adl_vocab_shared(
 // Pair
 //
 
-// Both proxies: two models, two contexts.
+// Both proxies: two contexts, over two models or, made from an adapter, over one.
 struct adl_pair;
 
 // Which threads evaluate the proxies. Either way no more threads run than the context parameters' n_threads: two at once
@@ -204,16 +211,19 @@ enum adl_concurrency {
 };
 
 struct adl_pair_params {
-    struct llama_model_params   model;   // for each half
-    struct llama_context_params context; // for each half: n_ctx at least the teacher's, n_batch and n_seq_max the teacher's
+    struct llama_model_params   model;   // for each model
+    struct llama_context_params context; // for each proxy: n_ctx at least the teacher's, n_batch and n_seq_max the teacher's
     enum adl_concurrency        concurrency;
+    double                      epsilon; // ε, in units of the weights, where an adapter is to be attached at another than the
+                                         // bundle's; 0: the bundle's. Halves have the one that they were written with.
 };
 
 // llama.cpp's defaults, but n_outputs_max = n_outputs_max_per_seq = 1 (rows of logits a batch may ask for: they size the
-// compute buffer; with more sequences at least as many rows are taken) and concurrency AUTO. `llama` must have passed adl_llama_check.
+// compute buffer; with more sequences at least as many rows are taken), concurrency AUTO and the bundle's epsilon. `llama`
+// must have passed adl_llama_check.
 ADL_API struct adl_pair_params adl_pair_default_params(const struct adl_llama * llama);
 
-// Opens a bundle for a teacher: reads, validates, loads both halves and compares the vocabularies.
+// Opens a bundle of either format for a teacher: reads, validates, loads it and compares the vocabularies.
 // The teacher's model is read during the call only. Free with adl_pair_free, after the samplers made of it.
 // Returns NULL on failure.
 ADL_API struct adl_pair * adl_pair_init(
@@ -226,15 +236,32 @@ ADL_API struct adl_pair * adl_pair_init_from_files(
         const struct adl_llama * llama, const char * path_plus, const char * path_minus, double epsilon, double delta_scale,
         const struct llama_model * teacher, struct adl_pair_params params);
 
-// Frees contexts and models. NULL is fine.
+// Loads a model once and attaches a LoRA adapter of ĝ to two contexts over it, at +ε and −ε, whatever the files' metadata
+// say; alpha is to be 0 in the adapter, so that llama.cpp takes a scale as it is. `epsilon` is the bundle's; params.epsilon
+// goes before it. Else as adl_pair_init_from_files.
+// Returns NULL on failure.
+ADL_API struct adl_pair * adl_pair_init_from_adapter(
+        const struct adl_llama * llama, const char * path_base, const char * path_adapter, double epsilon, double delta_scale,
+        const struct llama_model * teacher, struct adl_pair_params params);
+
+// Frees contexts, models and the adapter. NULL is fine.
 ADL_API void adl_pair_free(struct adl_pair * pair);
 
 ADL_API uint32_t adl_pair_n_ctx   (const struct adl_pair * pair); // of each proxy, as llama.cpp rounded it
 ADL_API int32_t  adl_pair_n_vocab (const struct adl_pair * pair); // of the proxies
 ADL_API int32_t  adl_pair_n_shared(const struct adl_pair * pair); // leading ids shared with the teacher, 0 without one
 
+// ε in force, in units of the weights: Δ = (z₊ − z₋) / 2ε.
+ADL_API double adl_pair_epsilon(const struct adl_pair * pair);
+
+// Attaches the adapter at another ε. Both memories are cleared and rows are dropped; a sampler's position that is evaluated
+// already stays as it is. delta_scale stays too: it hardly changes within the linear range of ε.
+// Returns ADL_OK, ADL_ERROR_INPUT (ε no positive number, or a pair of halves: nothing is changed), or ADL_ERROR_PROXY where
+// llama.cpp refuses; then the pair keeps its ε, and adl_pair_decode attaches the adapter at it again or fails.
+ADL_API int32_t adl_pair_set_epsilon(struct adl_pair * pair, double epsilon);
+
 // The proxy at θ + sign εĝ, for reading: performance counters, saved states. Decoding in it parts the pair; a state set in
-// both is to be followed by adl_pair_touch.
+// both is to be followed by adl_pair_touch. One model serves both signs where the pair was made from an adapter.
 ADL_API struct llama_context * adl_pair_get_context(const struct adl_pair * pair, int32_t sign);
 ADL_API struct llama_model *   adl_pair_get_model  (const struct adl_pair * pair, int32_t sign);
 

@@ -4,27 +4,36 @@
 #include "bundle.hpp"
 
 #include "error.hpp"
+#include "gguf_file.hpp"
 #include "llama_table.hpp"
 
 #include <cmath>
 #include <cstring>
-#include <memory>
+#include <filesystem>
 
 namespace adl {
 
 namespace {
 
-constexpr uint32_t FORMAT_VERSION = 1;
+constexpr uint32_t FORMAT_VERSION = 2;
 
 #define PREFIX "adlocal."
 
-struct Key {
+// What the two files of a format are: their names, the signs they store, what messages call both, what the key says.
+struct Format {
+    const char * first;
+    const char * second;
+    int32_t      sign_first;
+    int32_t      sign_second;
+    const char * both;
     const char * name;
-    gguf_type    type;    // of the value, or of an array's elements
-    bool         is_array;
 };
 
-constexpr Key FORMAT      = {PREFIX "format_version", GGUF_TYPE_UINT32, false};
+constexpr Format HALVES  = {"proxy-plus.gguf", "proxy-minus.gguf", 1, -1, "the halves", "halves"};
+constexpr Format ADAPTER = {"proxy-base.gguf", "proxy-adapter.gguf", 0, 1, "base and adapter", "adapter"};
+
+constexpr Key VERSION     = {PREFIX "format_version", GGUF_TYPE_UINT32, false};
+constexpr Key FORMAT      = {PREFIX "format", GGUF_TYPE_STRING, false};
 constexpr Key ID          = {PREFIX "bundle_id", GGUF_TYPE_STRING, false};
 constexpr Key EPSILON     = {PREFIX "epsilon", GGUF_TYPE_FLOAT64, false};
 constexpr Key NORM        = {PREFIX "gradient.norm", GGUF_TYPE_FLOAT64, false};
@@ -32,19 +41,37 @@ constexpr Key DELTA_SCALE = {PREFIX "delta_scale", GGUF_TYPE_FLOAT64, false};
 constexpr Key GUARD       = {PREFIX "guard", GGUF_TYPE_FLOAT64, false};
 constexpr Key SIGN        = {PREFIX "sign", GGUF_TYPE_INT32, false};
 
-// Every key that both halves hold alike; SIGN tells them apart.
+// Anything but 0, and llama.cpp scales the adapter by more than ε.
+constexpr Key ALPHA = {"adapter.lora.alpha", GGUF_TYPE_FLOAT32, false};
+
+constexpr Key CAPABILITIES = {PREFIX "capabilities.names", GGUF_TYPE_STRING, true};
+constexpr Key COSINES      = {PREFIX "capabilities.cosines", GGUF_TYPE_FLOAT64, true}; // between any two capabilities
+constexpr Key HASHES       = {PREFIX "carriers.sha256", GGUF_TYPE_STRING, true};
+
+// One element a capability.
+constexpr Key OF_CAPABILITIES[] = {
+    {PREFIX "capabilities.weights", GGUF_TYPE_FLOAT64, true},
+    {PREFIX "capabilities.norms",   GGUF_TYPE_FLOAT64, true},
+    {PREFIX "capabilities.losses",  GGUF_TYPE_FLOAT64, true},
+    {PREFIX "capabilities.traces",  GGUF_TYPE_UINT32,  true},
+    {PREFIX "capabilities.sha256",  GGUF_TYPE_STRING,  true},
+};
+
+// Every key that both files hold alike; SIGN tells them apart.
 constexpr Key KEYS[] = {
-    FORMAT, ID, EPSILON, NORM, DELTA_SCALE, GUARD,
+    VERSION, FORMAT, ID, EPSILON, NORM, DELTA_SCALE, GUARD, CAPABILITIES, COSINES, HASHES,
+    OF_CAPABILITIES[0], OF_CAPABILITIES[1], OF_CAPABILITIES[2], OF_CAPABILITIES[3], OF_CAPABILITIES[4],
     {PREFIX "converter",          GGUF_TYPE_STRING,  false},
     {PREFIX "gradient.loss",      GGUF_TYPE_FLOAT64, false},
     {PREFIX "gradient.traces",    GGUF_TYPE_UINT32,  false},
     {PREFIX "gradient.tokens",    GGUF_TYPE_UINT32,  false},
     {PREFIX "params",             GGUF_TYPE_STRING,  false},
+    {PREFIX "params.excluded",    GGUF_TYPE_STRING,  true},
+    {PREFIX "quality",            GGUF_TYPE_STRING,  false},
+    {PREFIX "adapter.rank",       GGUF_TYPE_UINT32,  false},
     {PREFIX "carriers.names",     GGUF_TYPE_STRING,  true},
     {PREFIX "carriers.fraction",  GGUF_TYPE_FLOAT64, false},
     {PREFIX "carriers.energy",    GGUF_TYPE_FLOAT64, false},
-    {PREFIX "plus.sha256",        GGUF_TYPE_STRING,  false},
-    {PREFIX "minus.sha256",       GGUF_TYPE_STRING,  false},
     {PREFIX "fidelity.median",    GGUF_TYPE_FLOAT64, false},
     {PREFIX "fidelity.p10",       GGUF_TYPE_FLOAT64, false},
     {PREFIX "fidelity.slope",     GGUF_TYPE_FLOAT64, false},
@@ -57,149 +84,89 @@ constexpr Key KEYS[] = {
     {PREFIX "sweep.slope",        GGUF_TYPE_FLOAT64, true},
     {PREFIX "base.sha256",        GGUF_TYPE_STRING,  false},
     {PREFIX "base.bytes",         GGUF_TYPE_UINT64,  false},
-    {PREFIX "traces.sha256",      GGUF_TYPE_STRING,  false},
 };
 
-[[noreturn]] void refuse(std::string message) {
-    throw Error{ADL_ERROR_BUNDLE, std::move(message)};
+// The format whose files lie in the directory; halves are missed where there are none of either.
+const Format & format_of(const char * dir) {
+    const auto path  = std::filesystem::u8path(dir);
+    const auto found = [&](const Format & format) -> const char * {
+        std::error_code ignored;
+        return std::filesystem::exists(path / format.first, ignored)    ? format.first
+               : std::filesystem::exists(path / format.second, ignored) ? format.second
+                                                                        : nullptr;
+    };
+    const char * half = found(HALVES), * part = found(ADAPTER);
+    if (half != nullptr && part != nullptr) {
+        refuse(format("%s: %s and %s are of two formats; remove one of the bundles", dir, half, part));
+    }
+    return part != nullptr ? ADAPTER : HALVES;
 }
 
-// An open GGUF header.
-class Half {
-  public:
-    Half(const adl_llama & llama, std::string path) : llama_(llama), path_(std::move(path)), gguf_(nullptr, llama.gguf_free) {
-        gguf_.reset(llama.gguf_init_from_file(path_.c_str(), {/* no_alloc = */ true, /* ctx = */ nullptr}));
-        if (!gguf_) {
-            refuse(format("bundle half unusable: %s is missing or no GGUF file; `adlocal convert PROXY.gguf --out DIR` makes a bundle",
-                   path_.c_str()));
-        }
+void check_version(const File & file) {
+    if (!file.has(VERSION)) {
+        refuse(format("%s: a GGUF file, but no part of a bundle; make one with `adlocal convert`", file.path()));
     }
-
-    const char * path() const { return path_.c_str(); }
-
-    // Index of a key; refuses a missing one, or a value of another type.
-    int64_t find(const Key & key) const {
-        const int64_t i = llama_.gguf_find_key(gguf(), key.name);
-        if (i < 0) {
-            refuse(format("%s: key %s is missing; convert again", path(), key.name));
-        }
-        const gguf_type type = llama_.gguf_get_kv_type(gguf(), i);
-        if (key.is_array ? type != GGUF_TYPE_ARRAY || llama_.gguf_get_arr_type(gguf(), i) != key.type : type != key.type) {
-            refuse(format("%s: key %s is of GGUF type %d, expected %s%d; convert again", path(), key.name, type, key.is_array ? "an array of " : "",
-                   key.type));
-        }
-        return i;
-    }
-
-    bool has(const Key & key) const { return llama_.gguf_find_key(gguf(), key.name) >= 0; }
-
-    template <typename T>
-    T value(const Key & key) const {
-        T result;
-        std::memcpy(&result, llama_.gguf_get_val_data(gguf(), find(key)), sizeof result);
-        return result;
-    }
-
-    std::string text(const Key & key) const { return llama_.gguf_get_val_str(gguf(), find(key)); }
-
-    const gguf_context * gguf() const { return gguf_.get(); }
-
-  private:
-    const adl_llama &                                 llama_;
-    std::string                                       path_;
-    std::unique_ptr<gguf_context, void (*)(gguf_context *)> gguf_;
-};
-
-size_t size_of(gguf_type type) {
-    switch (type) {
-        case GGUF_TYPE_BOOL:   return 1;
-        case GGUF_TYPE_UINT32:
-        case GGUF_TYPE_INT32:  return 4;
-        default:               return 8; // UINT64 and FLOAT64: KEYS has no others
-    }
-}
-
-// Numbers by value, as anyone would compare them: NaN is like nothing, −0 is 0.
-bool same_numbers(gguf_type type, const void * a, const void * b, size_t n) {
-    if (type != GGUF_TYPE_FLOAT64) {
-        return n == 0 || std::memcmp(a, b, n * size_of(type)) == 0;
-    }
-    for (size_t i = 0; i < n; ++i) {
-        double x, y; // GGUF does not align values
-        std::memcpy(&x, static_cast<const char *>(a) + i * sizeof x, sizeof x);
-        std::memcpy(&y, static_cast<const char *>(b) + i * sizeof y, sizeof y);
-        if (!(x == y)) {
-            return false;
-        }
-    }
-    return true;
-}
-
-bool same_array(const adl_llama & llama, const Key & key, const Half & a, int64_t i, const Half & b, int64_t j) {
-    const size_t n = llama.gguf_get_arr_n(a.gguf(), i);
-    if (n != llama.gguf_get_arr_n(b.gguf(), j)) {
-        return false;
-    }
-    if (key.type != GGUF_TYPE_STRING) {
-        return same_numbers(key.type, llama.gguf_get_arr_data(a.gguf(), i), llama.gguf_get_arr_data(b.gguf(), j), n);
-    }
-    for (size_t k = 0; k < n; ++k) {
-        if (std::strcmp(llama.gguf_get_arr_str(a.gguf(), i, k), llama.gguf_get_arr_str(b.gguf(), j, k)) != 0) {
-            return false;
-        }
-    }
-    return true;
-}
-
-bool same(const adl_llama & llama, const Key & key, const Half & a, const Half & b) {
-    const int64_t i = a.find(key), j = b.find(key);
-    if (key.is_array) {
-        return same_array(llama, key, a, i, b, j);
-    }
-    if (key.type == GGUF_TYPE_STRING) {
-        return a.text(key) == b.text(key);
-    }
-    return same_numbers(key.type, llama.gguf_get_val_data(a.gguf(), i), llama.gguf_get_val_data(b.gguf(), j), 1);
-}
-
-void check_version(const Half & half) {
-    if (!half.has(FORMAT)) {
-        refuse(format("%s: a GGUF file, but no half of a bundle; make one with `adlocal convert`", half.path()));
-    }
-    const auto version = half.value<uint32_t>(FORMAT);
+    const auto version = file.value<uint32_t>(VERSION);
     if (version != FORMAT_VERSION) {
-        refuse(format("%s: bundle format %u; this adlocal reads %u: %s", half.path(), version, FORMAT_VERSION,
+        refuse(format("%s: bundle format %u; this adlocal reads %u: %s", file.path(), version, FORMAT_VERSION,
                version > FORMAT_VERSION ? "upgrade adlocal" : "convert again"));
     }
 }
 
-void check_signs(const char * dir, const Half & plus, const Half & minus) {
-    const auto p = plus.value<int32_t>(SIGN), m = minus.value<int32_t>(SIGN);
-    if (p == -1 && m == 1) {
-        refuse(format("%s: the halves are swapped; exchange the names proxy-plus.gguf and proxy-minus.gguf", dir));
+void check_signs(const char * dir, const Format & kind, const File & first, const File & second) {
+    const auto a = first.value<int32_t>(SIGN), b = second.value<int32_t>(SIGN);
+    if (a == kind.sign_second && b == kind.sign_first) {
+        refuse(format("%s: %s are swapped; exchange the names %s and %s", dir, kind.both, kind.first, kind.second));
     }
-    if (p != 1 || m != -1) {
-        refuse(format("%s: the halves' signs are (%d, %d), expected (1, -1); convert again", dir, p, m));
+    if (a != kind.sign_first || b != kind.sign_second) {
+        refuse(format("%s: the signs of %s are (%d, %d), expected (%d, %d); convert again", dir, kind.both, a, b, kind.sign_first,
+               kind.sign_second));
     }
 }
 
-void check_keys(const adl_llama & llama, const char * dir, const Half & plus, const Half & minus) {
+void check_keys(const adl_llama & llama, const char * dir, const Format & kind, const File & first, const File & second) {
     for (const Key & key : KEYS) {
-        plus.find(key);
-        minus.find(key);
+        first.find(key);
+        second.find(key);
     }
-    if (plus.text(ID) != minus.text(ID)) {
-        refuse(format("%s: the halves are of two bundles, %.12s and %.12s; take both from one conversion", dir, plus.text(ID).c_str(),
-               minus.text(ID).c_str()));
+    if (first.text(ID) != second.text(ID)) {
+        refuse(format("%s: %s is of bundle %.12s and %s of %.12s; take both from one conversion", dir, kind.first, first.text(ID).c_str(),
+               kind.second, second.text(ID).c_str()));
     }
     for (const Key & key : KEYS) {
-        if (!same(llama, key, plus, minus)) {
-            refuse(format("%s: the halves disagree on %s; convert again", dir, key.name));
+        if (!same(llama, key, first, second)) {
+            refuse(format("%s: %s disagree on %s; convert again", dir, kind.both, key.name));
         }
     }
+    if (first.text(FORMAT) != kind.name) {
+        refuse(format("%s: %s and %s say format '%s', expected '%s'; convert again", dir, kind.first, kind.second, first.text(FORMAT).c_str(),
+               kind.name));
+    }
 }
 
-void check_tensors(const adl_llama & llama, const char * dir, const Half & plus, const Half & minus) {
+void check_count(const char * dir, const File & file, const Key & key, size_t expected) {
+    if (file.count(key) != expected) {
+        refuse(format("%s: %s has %zu entries, expected %zu; convert again", dir, key.name, file.count(key), expected));
+    }
+}
+
+void check_counts(const char * dir, const File & file, const Format & kind) {
+    const size_t n = file.count(CAPABILITIES);
+    for (const Key & key : OF_CAPABILITIES) {
+        check_count(dir, file, key, n);
+    }
+    check_count(dir, file, COSINES, n * n);
+    check_count(dir, file, HASHES, &kind == &HALVES ? 2 : 1);
+}
+
+void check_alpha(const File & adapter) {
+    const auto alpha = adapter.value<float>(ALPHA);
+    if (alpha != 0) {
+        refuse(format("%s: %s is %g, expected 0; convert again", adapter.path(), ALPHA.name, alpha));
+    }
+}
+
+void check_tensors(const adl_llama & llama, const char * dir, const File & plus, const File & minus) {
     const int64_t n    = llama.gguf_get_n_tensors(plus.gguf());
     bool          same = n == llama.gguf_get_n_tensors(minus.gguf());
     for (int64_t i = 0; same && i < n; ++i) {
@@ -211,16 +178,16 @@ void check_tensors(const adl_llama & llama, const char * dir, const Half & plus,
     }
 }
 
-double positive(const char * dir, const Half & half, const Key & key) {
-    const auto value = half.value<double>(key);
+double positive(const char * dir, const File & file, const Key & key) {
+    const auto value = file.value<double>(key);
     if (!(std::isfinite(value) && value > 0)) {
         refuse(format("%s: %s is %g, expected a positive number; convert again", dir, key.name, value));
     }
     return value;
 }
 
-double share(const char * dir, const Half & half, const Key & key) {
-    const auto value = half.value<double>(key);
+double share(const char * dir, const File & file, const Key & key) {
+    const auto value = file.value<double>(key);
     if (!(value >= 0 && value <= 1)) {
         refuse(format("%s: %s is %g, expected 0 to 1; convert again", dir, key.name, value));
     }
@@ -236,32 +203,40 @@ void copy_id(const char * dir, const std::string & id, char (&out)[65]) {
 
 } // namespace
 
-std::string plus_path(const char * dir) {
-    return std::string(dir) + "/proxy-plus.gguf";
+std::string first_path(const char * dir, bool is_adapter) {
+    return std::string(dir) + "/" + (is_adapter ? ADAPTER : HALVES).first;
 }
 
-std::string minus_path(const char * dir) {
-    return std::string(dir) + "/proxy-minus.gguf";
+std::string second_path(const char * dir, bool is_adapter) {
+    return std::string(dir) + "/" + (is_adapter ? ADAPTER : HALVES).second;
 }
 
 adl_bundle read_bundle(const adl_llama & llama, const char * dir) {
     if (dir == nullptr) {
         refuse("no bundle directory was given; `adlocal convert PROXY.gguf --out DIR` makes one");
     }
-    const Half plus(llama, plus_path(dir)), minus(llama, minus_path(dir));
-    check_version(plus);
-    check_version(minus);
-    check_signs(dir, plus, minus);
-    check_keys(llama, dir, plus, minus);
-    check_tensors(llama, dir, plus, minus);
+    const Format & kind       = format_of(dir);
+    const bool     is_adapter = &kind == &ADAPTER;
+    const File     first(llama, first_path(dir, is_adapter)), second(llama, second_path(dir, is_adapter));
+    check_version(first);
+    check_version(second);
+    check_signs(dir, kind, first, second);
+    check_keys(llama, dir, kind, first, second);
+    check_counts(dir, first, kind);
+    if (is_adapter) {
+        check_alpha(second);
+    } else {
+        check_tensors(llama, dir, first, second);
+    }
 
     adl_bundle bundle     = {};
     bundle.format_version = FORMAT_VERSION;
-    copy_id(dir, plus.text(ID), bundle.id);
-    bundle.epsilon       = positive(dir, plus, EPSILON);
-    bundle.delta_scale   = positive(dir, plus, DELTA_SCALE);
-    bundle.gradient_norm = positive(dir, plus, NORM);
-    bundle.guard         = share(dir, plus, GUARD);
+    bundle.is_adapter     = is_adapter;
+    copy_id(dir, first.text(ID), bundle.id);
+    bundle.epsilon       = positive(dir, first, EPSILON);
+    bundle.delta_scale   = positive(dir, first, DELTA_SCALE);
+    bundle.gradient_norm = positive(dir, first, NORM);
+    bundle.guard         = share(dir, first, GUARD);
     return bundle;
 }
 

@@ -6,10 +6,11 @@
 
 namespace adl {
 
-std::string plus_path(const char * dir);
-std::string minus_path(const char * dir);
+// The two files of a bundle: plus and minus half, or base and adapter.
+std::string first_path(const char * dir, bool is_adapter);
+std::string second_path(const char * dir, bool is_adapter);
 
-// Reads and validates both halves. Throws Error{ADL_ERROR_BUNDLE}.
+// Reads and validates both files. Throws Error{ADL_ERROR_BUNDLE}.
 adl_bundle read_bundle(const adl_llama & llama, const char * dir);
 
 } // namespace adl

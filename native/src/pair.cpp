@@ -9,13 +9,11 @@
 #include <cmath>
 #include <cstdio>
 #include <limits>
+#include <utility>
 
 namespace adl {
 
 namespace {
-
-// llama.cpp registers backends and devices while it loads, without locks: one model or context at a time.
-std::mutex creation;
 
 int32_t n_outputs(const llama_batch & batch) {
     if (batch.logits == nullptr) {
@@ -31,61 +29,80 @@ double checked_positive(const char * name, double value) {
     return value;
 }
 
+// ε as llama.cpp takes an adapter's scale, in float32.
+double checked_scale(double epsilon) {
+    checked_positive("epsilon", epsilon);
+    if (epsilon < std::numeric_limits<float>::min() || epsilon > std::numeric_limits<float>::max()) {
+        throw Error{ADL_ERROR_INPUT, format("epsilon=%g is beyond the numbers of float32; give one that an adapter can be scaled by", epsilon)};
+    }
+    return epsilon;
+}
+
+// The ε in force: the bundle's, or the one that was asked for.
+double chosen_epsilon(double bundles, double asked_for, bool is_adapter) {
+    checked_positive("epsilon", bundles);
+    if (asked_for != 0 && !is_adapter && checked_positive("epsilon", asked_for) != bundles) {
+        throw Error{ADL_ERROR_INPUT, format("epsilon=%g: these halves were written at %g, which cannot be changed; "
+                                            "leave it out, or convert to an adapter bundle",
+                                            asked_for, bundles)};
+    }
+    const double epsilon = asked_for != 0 ? asked_for : bundles;
+    return is_adapter ? checked_scale(epsilon) : epsilon;
+}
+
 } // namespace
-
-Proxy::Proxy(const adl_llama & llama, const std::string & path, const adl_pair_params & params) : llama_(llama) {
-    const std::lock_guard<std::mutex> lock(creation);
-    model = llama_.llama_model_load_from_file(path.c_str(), params.model);
-    if (model == nullptr) {
-        throw Error{ADL_ERROR_MODEL, format("%s: llama.cpp cannot load this proxy; its log says why", path.c_str())};
-    }
-    const int32_t n_ctx_train = llama_.llama_model_n_ctx_train(model);
-    if (params.context.n_ctx > static_cast<uint32_t>(n_ctx_train)) {
-        close();
-        throw Error{ADL_ERROR_MODEL, format("n_ctx=%u exceeds the %d tokens that the proxy was trained for; "
-                                            "ask for a smaller n_ctx, or convert a proxy with a longer context",
-                                            params.context.n_ctx, n_ctx_train)};
-    }
-    context = llama_.llama_init_from_model(model, params.context);
-    memory  = context ? llama_.llama_get_memory(context) : nullptr;
-    if (memory == nullptr) {
-        close();
-        throw Error{ADL_ERROR_MODEL, format("%s: llama.cpp cannot make a context of n_ctx=%u, n_batch=%u for this proxy; its log says why",
-                                            path.c_str(), params.context.n_ctx, params.context.n_batch)};
-    }
-}
-
-Proxy::~Proxy() {
-    const std::lock_guard<std::mutex> lock(creation);
-    close();
-}
-
-void Proxy::close() noexcept {
-    if (context != nullptr) {
-        llama_.llama_free(context);
-    }
-    llama_.llama_model_free(model);
-}
 
 } // namespace adl
 
 using adl::Error;
 using adl::format;
 
-adl_pair::adl_pair(const adl_llama & table, const std::string & plus_path, const std::string & minus_path, double eps, double scale,
-                   const llama_model * teacher, const adl_pair_params & params)
-    : llama(table), epsilon(adl::checked_positive("epsilon", eps)), delta_scale(teacher ? adl::checked_positive("delta_scale", scale) : scale),
-      plus(llama, plus_path, params), minus(llama, minus_path, params),
-      n_vocab(llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(plus.model))),
-      n_shared(teacher ? adl::shared_vocabulary(llama, teacher, plus.model) : 0),
+adl_pair::adl_pair(const adl_llama & table, const adl::Source & source, double eps, double delta, const llama_model * teacher,
+                   const adl_pair_params & params)
+    : llama(table), epsilon(adl::chosen_epsilon(eps, params.epsilon, source.is_adapter)),
+      delta_scale(teacher ? adl::checked_positive("delta_scale", delta) : delta), weights(llama, source, params.model),
+      plus(llama, weights.plus(), params.context), minus(llama, weights.minus(), params.context),
+      n_vocab(llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(plus.model.handle))),
+      n_shared(teacher ? adl::shared_vocabulary(llama, teacher, plus.model.handle) : 0),
       n_vocab_teacher(teacher ? llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(teacher)) : 0),
       teacher_ends(teacher ? adl::end_tokens(llama, llama.llama_model_get_vocab(teacher)) : std::vector<llama_token>()),
       n_batch_(static_cast<int32_t>(llama.llama_n_batch(plus.context))),
       n_outputs_max_(params.context.n_outputs_max ? static_cast<int32_t>(params.context.n_outputs_max) : n_batch_),
       concurrency_(llama, params, plus.context, minus.context) {
-    if (llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(minus.model)) != n_vocab) {
-        throw Error{ADL_ERROR_BUNDLE, format("%s and %s have vocabularies of different sizes; convert again", plus_path.c_str(),
-                                             minus_path.c_str())};
+    attach();
+}
+
+// Sets the adapter's scales where they are not: when the pair is made, at another ε, and after llama.cpp has refused one.
+void adl_pair::attach() {
+    if (weights.adapter() != nullptr && !attached_) {
+        scale(plus, epsilon);
+        scale(minus, -epsilon);
+        attached_ = true;
+    }
+}
+
+void adl_pair::scale(const adl::Proxy & proxy, double value) {
+    llama_adapter_lora * adapter = weights.adapter();
+    auto                 factor  = static_cast<float>(value);
+    const int32_t        code    = llama.llama_set_adapters_lora(proxy.context, &adapter, 1, &factor);
+    if (code != 0) {
+        throw Error{ADL_ERROR_PROXY, format("llama.cpp cannot attach the adapter at ε=%g: llama_set_adapters_lora returned %d", value, code)};
+    }
+}
+
+void adl_pair::set_epsilon(double value) {
+    if (weights.adapter() == nullptr) {
+        throw Error{ADL_ERROR_INPUT, format("epsilon=%g: these halves were written at %g, which cannot be changed; convert to an adapter bundle",
+                                            value, epsilon)};
+    }
+    const double before = std::exchange(epsilon, adl::checked_scale(value));
+    clear();
+    attached_ = false;
+    try {
+        attach();
+    } catch (...) {
+        epsilon = before;
+        throw;
     }
 }
 
@@ -97,6 +114,7 @@ int32_t adl_pair::decode(const llama_batch & batch) {
     follows_ = false;
     try {
         check(batch);
+        attach();
         evaluate(batch);
         const int32_t n = adl::n_outputs(batch);
         rows_.assign(n, {std::numeric_limits<double>::quiet_NaN(), 0.0, 0});
@@ -291,13 +309,24 @@ double adl_pair::dose(int32_t row, llama_token token) noexcept {
 
 namespace {
 
-adl_pair * make_pair(const adl_llama * llama, const std::string & plus, const std::string & minus, double epsilon, double delta_scale,
-                     const llama_model * teacher, adl_pair_params params) {
+adl_pair * make_pair(const adl_llama * llama, const adl::Source & source, double epsilon, double delta_scale, const llama_model * teacher,
+                     adl_pair_params params) {
     uint32_t & n_outputs_max = params.context.n_outputs_max;
     if (n_outputs_max != 0) { // llama.cpp ends the process when there are fewer rows than sequences
         n_outputs_max = std::max(n_outputs_max, params.context.n_seq_max);
     }
-    return new adl_pair(*llama, plus, minus, epsilon, delta_scale, teacher, params);
+    return new adl_pair(*llama, source, epsilon, delta_scale, teacher, params);
+}
+
+adl_pair * make_from_files(const char * function, const adl_llama * llama, const char * first, const char * second, bool is_adapter,
+                           double epsilon, double delta_scale, const llama_model * teacher, const adl_pair_params & params) {
+    return adl::guarded<adl_pair *>(nullptr, [&] {
+        adl::check(llama);
+        if (first == nullptr || second == nullptr) {
+            throw Error{ADL_ERROR_INPUT, format("%s: a path is NULL", function)};
+        }
+        return make_pair(llama, {first, second, is_adapter}, epsilon, delta_scale, teacher, params);
+    });
 }
 
 // Calls `body` unless the pair is NULL.
@@ -314,7 +343,7 @@ int32_t with(adl_pair * pair, Body && body) {
 } // namespace
 
 struct adl_pair_params adl_pair_default_params(const struct adl_llama * llama) {
-    adl_pair_params params = {llama->llama_model_default_params(), llama->llama_context_default_params(), ADL_CONCURRENCY_AUTO};
+    adl_pair_params params = {llama->llama_model_default_params(), llama->llama_context_default_params(), ADL_CONCURRENCY_AUTO, 0.0};
     params.context.n_outputs_max = params.context.n_outputs_max_per_seq = 1;
     return params;
 }
@@ -326,21 +355,22 @@ struct adl_pair * adl_pair_init(
         if (teacher == nullptr) {
             throw Error{ADL_ERROR_INPUT, "adl_pair_init: the teacher is NULL"};
         }
-        const adl_bundle bundle = adl::read_bundle(*llama, dir);
-        return make_pair(llama, adl::plus_path(dir), adl::minus_path(dir), bundle.epsilon, bundle.delta_scale, teacher, params);
+        const adl_bundle  bundle = adl::read_bundle(*llama, dir);
+        const adl::Source source = {adl::first_path(dir, bundle.is_adapter), adl::second_path(dir, bundle.is_adapter), bundle.is_adapter};
+        return make_pair(llama, source, bundle.epsilon, bundle.delta_scale, teacher, params);
     });
 }
 
 struct adl_pair * adl_pair_init_from_files(
         const struct adl_llama * llama, const char * path_plus, const char * path_minus, double epsilon, double delta_scale,
         const struct llama_model * teacher, struct adl_pair_params params) {
-    return adl::guarded<adl_pair *>(nullptr, [&] {
-        adl::check(llama);
-        if (path_plus == nullptr || path_minus == nullptr) {
-            throw Error{ADL_ERROR_INPUT, "adl_pair_init_from_files: a path is NULL"};
-        }
-        return make_pair(llama, path_plus, path_minus, epsilon, delta_scale, teacher, params);
-    });
+    return make_from_files("adl_pair_init_from_files", llama, path_plus, path_minus, false, epsilon, delta_scale, teacher, params);
+}
+
+struct adl_pair * adl_pair_init_from_adapter(
+        const struct adl_llama * llama, const char * path_base, const char * path_adapter, double epsilon, double delta_scale,
+        const struct llama_model * teacher, struct adl_pair_params params) {
+    return make_from_files("adl_pair_init_from_adapter", llama, path_base, path_adapter, true, epsilon, delta_scale, teacher, params);
 }
 
 void adl_pair_free(struct adl_pair * pair) {
@@ -364,7 +394,18 @@ struct llama_context * adl_pair_get_context(const struct adl_pair * pair, int32_
 }
 
 struct llama_model * adl_pair_get_model(const struct adl_pair * pair, int32_t sign) {
-    return sign > 0 ? pair->plus.model : pair->minus.model;
+    return (sign > 0 ? pair->plus : pair->minus).model.handle;
+}
+
+double adl_pair_epsilon(const struct adl_pair * pair) {
+    return pair->epsilon;
+}
+
+int32_t adl_pair_set_epsilon(struct adl_pair * pair, double epsilon) {
+    return with(pair, [&] {
+        pair->set_epsilon(epsilon);
+        return static_cast<int32_t>(ADL_OK);
+    });
 }
 
 int32_t adl_pair_decode(struct adl_pair * pair, struct llama_batch batch) {

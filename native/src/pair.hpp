@@ -5,39 +5,17 @@
 #include "adjust.hpp"
 #include "adlocal.h"
 #include "concurrency.hpp"
+#include "proxy.hpp"
 
-#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
-// One proxy: its model and context, freed together.
-namespace adl {
-
-class Proxy {
-  public:
-    Proxy(const adl_llama & llama, const std::string & path, const adl_pair_params & params);
-    ~Proxy();
-    Proxy(const Proxy &)             = delete;
-    Proxy & operator=(const Proxy &) = delete;
-
-    llama_model *   model   = nullptr;
-    llama_context * context = nullptr;
-    llama_memory_t  memory  = nullptr;
-
-  private:
-    void close() noexcept;
-
-    const adl_llama & llama_;
-};
-
-} // namespace adl
-
 // What adlocal.h calls a pair. Methods throw adl::Error.
 struct adl_pair {
   public:
-    adl_pair(const adl_llama & llama, const std::string & plus, const std::string & minus, double epsilon, double delta_scale,
-             const llama_model * teacher, const adl_pair_params & params);
+    adl_pair(const adl_llama & llama, const adl::Source & source, double epsilon, double delta_scale, const llama_model * teacher,
+             const adl_pair_params & params);
 
     // Number of output rows. Whatever fails sticks until clear().
     int32_t decode(const llama_batch & batch);
@@ -49,6 +27,7 @@ struct adl_pair {
     void clear() noexcept;
     bool seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     void touch() noexcept;
+    void set_epsilon(double value);
 
     // Adjusts n_rows rows in place, or throws and leaves them closed.
     void adjust(float * logits, int32_t n_rows, const double * strength, double guard, adl_row * rows);
@@ -60,8 +39,9 @@ struct adl_pair {
     const float * logits(const adl::Proxy & proxy);
 
     const adl_llama          llama;
-    const double             epsilon;
+    double                   epsilon; // changed by set_epsilon alone
     const double             delta_scale;
+    const adl::Weights       weights;
     const adl::Proxy         plus;
     const adl::Proxy         minus;
     const int32_t            n_vocab;         // of the proxies
@@ -72,6 +52,8 @@ struct adl_pair {
     char                     error[1024] = ""; // the sticky one
 
   private:
+    void    attach();
+    void    scale(const adl::Proxy & proxy, double value);
     void    stick(const char * fmt, const char * words) noexcept;
     void    check(const llama_batch & batch) const;
     void    evaluate(const llama_batch & batch);
@@ -84,6 +66,7 @@ struct adl_pair {
     const int32_t            n_batch_;
     const int32_t            n_outputs_max_;
     adl::Concurrency         concurrency_;
+    bool                     attached_ = false; // the adapter, at ±epsilon
     int32_t                  n_rows_ = 0;
     std::vector<adl_row>     rows_;
     bool                     follows_ = true; // sequence 0 holds exactly tokens_, and there is no other

@@ -19,7 +19,8 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 struct Evaluated {
     std::vector<float> plus;
     std::vector<float> minus;
-    double             mean; // E[Δ]
+    double             mean;    // E[Δ]
+    double             epsilon; // that of these rows: the pair's may change before they are used
 };
 
 // Room for one application. Not state: a copy starts without, which keeps clones cheap.
@@ -105,12 +106,13 @@ class Sampler {
         const float * plus = pair_->logits(pair_->plus), *minus = pair_->logits(pair_->minus);
         now->plus.assign(plus, plus + pair_->n_vocab);
         now->minus.assign(minus, minus + pair_->n_vocab);
-        now->mean  = expectation({plus, minus, pair_->n_vocab}, pair_->epsilon);
+        now->mean    = expectation({plus, minus, pair_->n_vocab}, pair_->epsilon);
+        now->epsilon = pair_->epsilon;
         evaluated_ = std::move(now);
     }
 
     void adjust(llama_token_data_array * candidates) {
-        const Settings settings = {pair_->epsilon, strength_ / pair_->delta_scale, guard_};
+        const Settings settings = {evaluated_->epsilon, strength_ / pair_->delta_scale, guard_};
         const int32_t  n_shared = gather(candidates);
         auto &         logits   = scratch_.logits;
         const Proxies  proxies  = {scratch_.plus.data(), scratch_.minus.data(), n_shared};
@@ -162,7 +164,7 @@ class Sampler {
         dose_.n_steerable += row_.n_candidates > 1 ? 1 : 0;
         dose_.kl += row_.kl;
         if (token < pair_->n_vocab) {
-            const float delta = (evaluated_->plus[token] - evaluated_->minus[token]) / static_cast<float>(2 * pair_->epsilon);
+            const float delta = (evaluated_->plus[token] - evaluated_->minus[token]) / static_cast<float>(2 * evaluated_->epsilon);
             dose_.total += static_cast<double>(delta) - evaluated_->mean;
         }
     }

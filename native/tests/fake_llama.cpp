@@ -4,6 +4,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 
@@ -23,11 +24,16 @@ struct llama_vocab {
     fake::Vocab of;
 };
 
+struct llama_adapter_lora {
+    std::string path;
+};
+
 struct llama_model {
     std::string        path;
     llama_model_params params;
     llama_vocab        vocab;
     std::atomic<int>   n_contexts{0};
+    std::vector<std::unique_ptr<llama_adapter_lora>> adapters;
 };
 
 struct llama_memory_i {
@@ -43,6 +49,8 @@ struct llama_context {
     int                  n_threads, n_threads_batch;
     std::atomic<int>     n_decodes{0}, n_synchronizes{0};
     std::atomic<bool>    in_use{false};
+    std::string          adapter = ""; // its path, "" if none is attached
+    float                scale = 0;
 };
 
 struct gguf_context {
@@ -134,6 +142,16 @@ float uniform(uint64_t x) { // −1 to 1
 }
 
 using History = std::vector<std::pair<llama_pos, llama_token>>;
+
+// The model with the adapter's part in place of its own.
+File moved(File model, const std::string & adapter, float scale) {
+    if (!adapter.empty()) {
+        const File f    = file_of(adapter);
+        model.own_seed  = f.own_seed;
+        model.own_scale = scale * f.own_scale;
+    }
+    return model;
+}
 
 std::vector<float> logits_of(const File & f, const History & history) {
     uint64_t h = 0;
@@ -242,7 +260,7 @@ int32_t evaluate(llama_context * ctx, const llama_batch & batch, int32_t planned
     if (planned != 0) {
         entries.resize(entries.size() / 2); // what had been processed stays
     }
-    const File         file = file_of(ctx->model->path);
+    const File         file = moved(file_of(ctx->model->path), ctx->adapter, ctx->scale);
     std::vector<float> rows;
     for (const Entry & entry : entries) {
         ctx->cells.push_back(entry.cell);
@@ -348,6 +366,7 @@ namespace fake {
 Value u32(uint32_t value) { return number(GGUF_TYPE_UINT32, &value, sizeof value); }
 Value i32(int32_t value) { return number(GGUF_TYPE_INT32, &value, sizeof value); }
 Value u64(uint64_t value) { return number(GGUF_TYPE_UINT64, &value, sizeof value); }
+Value f32(float value) { return number(GGUF_TYPE_FLOAT32, &value, sizeof value); }
 Value f64(double value) { return number(GGUF_TYPE_FLOAT64, &value, sizeof value); }
 Value boolean(bool value) { return number(GGUF_TYPE_BOOL, &value, sizeof value); }
 Value text(std::string value) { return {GGUF_TYPE_STRING, GGUF_TYPE_COUNT, {}, {std::move(value)}}; }
@@ -356,6 +375,12 @@ Value texts(std::vector<std::string> values) { return {GGUF_TYPE_ARRAY, GGUF_TYP
 Value f64s(const std::vector<double> & values) {
     Value value   = number(GGUF_TYPE_ARRAY, values.data(), values.size() * sizeof(double));
     value.element = GGUF_TYPE_FLOAT64;
+    return value;
+}
+
+Value u32s(const std::vector<uint32_t> & values) {
+    Value value   = number(GGUF_TYPE_ARRAY, values.data(), values.size() * sizeof(uint32_t));
+    value.element = GGUF_TYPE_UINT32;
     return value;
 }
 
@@ -369,7 +394,7 @@ void reset() {
     const Counts alive = state().counts;
     state()            = State{};
     Counts & c         = state().counts;
-    c.models = alive.models, c.contexts = alive.contexts, c.ggufs = alive.ggufs, c.samplers = alive.samplers;
+    c.models = alive.models, c.contexts = alive.contexts, c.adapters = alive.adapters, c.ggufs = alive.ggufs, c.samplers = alive.samplers;
 }
 
 std::string violations() {
@@ -377,12 +402,20 @@ std::string violations() {
     return state().violations;
 }
 
-std::vector<float> logits(const std::string & path, const std::vector<llama_token> & tokens) {
+static History history_from(const std::vector<llama_token> & tokens) {
     History history;
     for (size_t i = 0; i < tokens.size(); ++i) {
         history.push_back({static_cast<llama_pos>(i), tokens[i]});
     }
-    return logits_of(file_of(path), history);
+    return history;
+}
+
+std::vector<float> logits(const std::string & path, const std::vector<llama_token> & tokens) {
+    return logits_of(file_of(path), history_from(tokens));
+}
+
+std::vector<float> logits(const std::string & path, const std::string & adapter, float scale, const std::vector<llama_token> & tokens) {
+    return logits_of(moved(file_of(path), adapter, scale), history_from(tokens));
 }
 
 std::vector<std::pair<llama_pos, llama_token>> memory(const llama_context * ctx, llama_seq_id seq_id) {
@@ -395,6 +428,7 @@ int                  n_threads(const llama_context * ctx) { return ctx->n_thread
 int                  n_threads_batch(const llama_context * ctx) { return ctx->n_threads_batch; }
 llama_context_params context_params(const llama_context * ctx) { return ctx->params; }
 llama_model_params   model_params(const llama_model * model) { return model->params; }
+float                scale(const llama_context * ctx) { return ctx->scale; }
 bool                 inside() { return depth > 0; }
 
 } // namespace fake
@@ -437,7 +471,8 @@ llama_model * llama_model_load_from_file(const char * path, llama_model_params p
         return nullptr;
     }
     add_count(&Counts::models, 1);
-    return new llama_model{path, params, {file.vocab}};
+    add_count(&Counts::loads, 1);
+    return new llama_model{path, params, {file.vocab}, {}, {}};
 }
 
 void llama_model_free(llama_model * model) {
@@ -449,7 +484,23 @@ void llama_model_free(llama_model * model) {
         violate("llama_model_free: the model still has contexts");
     }
     add_count(&Counts::models, -1);
+    add_count(&Counts::adapters, -static_cast<int>(model->adapters.size()));
     delete model;
+}
+
+// Freed with the model, as in the real one.
+llama_adapter_lora * llama_adapter_lora_init(llama_model * model, const char * path) {
+    Inside inside;
+    const File file = file_of(path);
+    if (!file.is_adapter || file.faults.adapter) {
+        return nullptr;
+    }
+    if (model->n_contexts > 0) {
+        violate("llama_adapter_lora_init: the graphs of contexts that are there have no room for it");
+    }
+    model->adapters.push_back(std::make_unique<llama_adapter_lora>(llama_adapter_lora{path}));
+    add_count(&Counts::adapters, 1);
+    return model->adapters.back().get();
 }
 
 const llama_vocab * llama_model_get_vocab(const llama_model * model) { return &model->vocab; }
@@ -494,6 +545,33 @@ void llama_free(llama_context * ctx) {
     }
     add_count(&Counts::contexts, -1);
     delete ctx;
+}
+
+// Whether a fault refuses this llama_set_adapters_lora.
+static bool refuses(const std::string & path) {
+    std::lock_guard<std::mutex> lock(state_mutex);
+    fake::Faults & faults = state().files[path].faults;
+    if (faults.set_in == 0 || --faults.set_in > 0) {
+        return false;
+    }
+    faults.set_in = faults.set_always ? 1 : 0;
+    return true;
+}
+
+int32_t llama_set_adapters_lora(llama_context * ctx, llama_adapter_lora ** adapters, size_t n, float * scales) {
+    Inside inside;
+    Use    use(ctx);
+    const auto is_ours = [&](const auto & ours) { return n == 1 && ours.get() == adapters[0]; };
+    if (std::none_of(ctx->model->adapters.begin(), ctx->model->adapters.end(), is_ours)) {
+        violate("llama_set_adapters_lora: not one adapter of this model");
+        return -1;
+    }
+    if (refuses(adapters[0]->path)) {
+        return -1;
+    }
+    ctx->adapter = adapters[0]->path;
+    ctx->scale   = scales[0];
+    return 0;
 }
 
 uint32_t llama_n_ctx(const llama_context * ctx) { return ctx->params.n_ctx; }
@@ -717,7 +795,7 @@ gguf_type gguf_get_arr_type(const gguf_context * ctx, int64_t key) {
 size_t gguf_get_arr_n(const gguf_context * ctx, int64_t key) {
     const Value & v = value_at(ctx, key);
     expect(v, v.type == GGUF_TYPE_ARRAY, "gguf_get_arr_n: no array");
-    return v.element == GGUF_TYPE_STRING ? v.strings.size() : v.bytes.size() / sizeof(double);
+    return v.element == GGUF_TYPE_STRING ? v.strings.size() : v.bytes.size() / (v.element == GGUF_TYPE_UINT32 ? 4 : 8);
 }
 
 const void * gguf_get_arr_data(const gguf_context * ctx, int64_t key) {

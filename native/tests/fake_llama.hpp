@@ -28,11 +28,13 @@ struct Value {
 Value u32(uint32_t value);
 Value i32(int32_t value);
 Value u64(uint64_t value);
+Value f32(float value);
 Value f64(double value);
 Value boolean(bool value);
 Value text(std::string value);
 Value texts(std::vector<std::string> values);
 Value f64s(const std::vector<double> & values);
+Value u32s(const std::vector<uint32_t> & values);
 
 struct Tensor {
     std::string name;
@@ -52,6 +54,9 @@ enum class Throws { NOTHING, EXCEPTION, NUMBER };
 struct Faults {
     bool    load        = false; // the model is not loaded
     bool    context     = false; // no context is made for it
+    bool    adapter     = false; // the adapter is not loaded
+    int     set_in      = 0;     // the llama_set_adapters_lora this many calls from now refuses the adapter, 1 being the next
+    bool    set_always  = false; // and all that come after it
     int     decode_in   = 0;     // the llama_decode this many calls from now goes wrong, 1 being the next; 0: none
     int32_t decode_code = -3;    // and returns this
     Throws  throws      = Throws::NOTHING; // or throws instead
@@ -59,14 +64,15 @@ struct Faults {
 };
 
 struct File {
-    bool                         is_model = true; // else metadata alone
+    bool                         is_model = true; // else metadata alone, or an adapter
+    bool                         is_adapter = false;
     std::map<std::string, Value> keys;
     std::vector<Tensor>          tensors;
     Vocab                        vocab;
     int32_t                      n_ctx_train = 2048;
     uint64_t                     seed        = 1; // the model
-    uint64_t                     own_seed    = 0; // what tells a half from the other
-    float                        own_scale   = 0; // of its part in a logit
+    uint64_t                     own_seed    = 0; // what tells a half from the other, or an adapter's part
+    float                        own_scale   = 0; // of its part in a logit, an adapter's at scale 1
     bool                         recurrent   = false; // the memory forgets all of a sequence or nothing
     Faults                       faults;
 };
@@ -82,7 +88,8 @@ struct Settings {
 };
 
 struct Counts {
-    int models = 0, contexts = 0, ggufs = 0, samplers = 0; // alive
+    int models = 0, contexts = 0, adapters = 0, ggufs = 0, samplers = 0; // alive
+    int loads                  = 0; // models that were loaded
     int decodes                = 0; // llama_decode calls of all contexts
     int max_together           = 0; // decodes at once
     int max_threads            = 0; // sum over decodes at once, single tokens
@@ -106,6 +113,9 @@ std::string violations();
 // The logits that a model of that file gives after `tokens` from position 0.
 std::vector<float> logits(const std::string & path, const std::vector<llama_token> & tokens);
 
+// The same with an adapter attached at a scale.
+std::vector<float> logits(const std::string & path, const std::string & adapter, float scale, const std::vector<llama_token> & tokens);
+
 // What a context's memory holds of a sequence: positions and tokens.
 std::vector<std::pair<llama_pos, llama_token>> memory(const llama_context * ctx, llama_seq_id seq_id);
 
@@ -115,6 +125,7 @@ int                  n_threads(const llama_context * ctx);       // as last set
 int                  n_threads_batch(const llama_context * ctx);
 llama_context_params context_params(const llama_context * ctx);  // as given to llama_init_from_model
 llama_model_params   model_params(const llama_model * model);
+float                scale(const llama_context * ctx);           // of the adapter that is attached, 0 if none is
 
 // Is this thread inside of one of the toy's functions? Its own allocations are not to be made to fail.
 bool inside();

@@ -2,6 +2,8 @@
 
 #include "check.hpp"
 
+#include <filesystem>
+#include <fstream>
 #include <stdexcept>
 
 namespace models {
@@ -21,7 +23,8 @@ Vocab vocab(int32_t n) {
 
 std::map<std::string, Value> keys(int32_t sign) {
     return {
-        {"adlocal.format_version",     u32(1)},
+        {"adlocal.format_version",     u32(2)},
+        {"adlocal.format",             text("halves")},
         {"adlocal.bundle_id",          text(BUNDLE_ID)},
         {"adlocal.converter",          text("adlocal 0.1.0")},
         {"adlocal.epsilon",            f64(EPSILON)},
@@ -31,12 +34,21 @@ std::map<std::string, Value> keys(int32_t sign) {
         {"adlocal.gradient.tokens",    u32(9876)},
         {"adlocal.delta_scale",        f64(DELTA_SCALE)},
         {"adlocal.guard",              f64(0.05)},
+        {"adlocal.capabilities.names",   texts({"math", "code"})},
+        {"adlocal.capabilities.weights", f64s({0.7, 0.3})},
+        {"adlocal.capabilities.norms",   f64s({7.0, 5.0})},
+        {"adlocal.capabilities.losses",  f64s({1.2, 1.3})},
+        {"adlocal.capabilities.traces",  u32s({90, 6})},
+        {"adlocal.capabilities.sha256",  texts({"dd", "ee"})},
+        {"adlocal.capabilities.cosines", f64s({1.0, 0.2, 0.2, 1.0})},
         {"adlocal.params",             text("all")},
+        {"adlocal.params.excluded",    texts({"output.weight", "token_embd.weight"})},
+        {"adlocal.quality",            text("balanced")},
+        {"adlocal.adapter.rank",       u32(0)},
         {"adlocal.carriers.names",     texts({"blk.0.attn_norm.weight", "blk.0.ffn_up.weight"})},
         {"adlocal.carriers.fraction",  f64(0.05)},
         {"adlocal.carriers.energy",    f64(0.4)},
-        {"adlocal.plus.sha256",        text("aa")},
-        {"adlocal.minus.sha256",       text("bb")},
+        {"adlocal.carriers.sha256",    texts({"aa", "bb"})},
         {"adlocal.fidelity.median",    f64(0.97)},
         {"adlocal.fidelity.p10",       f64(0.9)},
         {"adlocal.fidelity.slope",     f64(0.55)},
@@ -49,7 +61,6 @@ std::map<std::string, Value> keys(int32_t sign) {
         {"adlocal.sweep.slope",        f64s({0.9, 0.55})},
         {"adlocal.base.sha256",        text("cc")},
         {"adlocal.base.bytes",         u64(98000000)},
-        {"adlocal.traces.sha256",      text("dd")},
         {"adlocal.sign",               i32(sign)},
         {"general.architecture",       text("llama")},
     };
@@ -71,6 +82,7 @@ static void check_left() {
     CHECK_EQ(fake::violations(), "");
     CHECK_EQ(fake::counts().models, 0);
     CHECK_EQ(fake::counts().contexts, 0);
+    CHECK_EQ(fake::counts().adapters, 0);
     CHECK_EQ(fake::counts().ggufs, 0);
     CHECK_EQ(fake::counts().samplers, 0);
     fake::counts() = {};
@@ -85,6 +97,26 @@ void install() {
     teacher.seed        = 31;
     file(PLUS)          = half(1);
     file(MINUS)         = half(-1);
+}
+
+void install_adapter() {
+    install();
+    std::filesystem::create_directories(ADAPTER_DIR);
+    for (const char * path : {BASE, ADAPTER}) {
+        File & f = file(path) = half(path == BASE ? 0 : 1);
+        f.keys["adlocal.format"]          = text("adapter");
+        f.keys["adlocal.adapter.rank"]    = u32(4);
+        f.keys["adlocal.carriers.sha256"] = texts({"aa"});
+        f.own_scale                       = 0;
+        std::ofstream(path, std::ios::trunc);
+    }
+    File & adapter                     = file(ADAPTER);
+    adapter.keys["adapter.lora.alpha"] = f32(0);
+    adapter.tensors                    = {{"blk.0.ffn_up.weight.lora_a", GGML_TYPE_F32}, {"blk.0.ffn_up.weight.lora_b", GGML_TYPE_F32}};
+    adapter.vocab                      = {};
+    adapter.is_model                   = false;
+    adapter.is_adapter                 = true;
+    adapter.own_scale                  = 2; // Δ of the order of 1
 }
 
 llama_model * load(const char * path) {
@@ -128,9 +160,9 @@ llama_batch Batch::get() {
     return {static_cast<int32_t>(tokens_.size()), tokens_.data(), nullptr, pos_.data(), n_seq_id_.data(), pointers_.data(), outputs_.data()};
 }
 
-Host::Host(const adl_pair_params & params) : teacher(load()) {
+Host::Host(const adl_pair_params & params, const char * dir) : teacher(load()) {
     const adl_llama llama = fake_llama_table();
-    pair                  = adl_pair_init(&llama, DIR, teacher, params);
+    pair                  = adl_pair_init(&llama, dir, teacher, params);
     if (pair == nullptr) {
         throw std::runtime_error(std::string("no pair: ") + adl_last_error());
     }

@@ -17,6 +17,9 @@ constexpr const char * TEACHER = "teacher.gguf";
 constexpr const char * DIR     = "bundle";
 constexpr const char * PLUS    = "bundle/proxy-plus.gguf";
 constexpr const char * MINUS   = "bundle/proxy-minus.gguf";
+constexpr const char * ADAPTER_DIR = "toy-adapter-bundle";
+constexpr const char * BASE        = "toy-adapter-bundle/proxy-base.gguf";
+constexpr const char * ADAPTER     = "toy-adapter-bundle/proxy-adapter.gguf";
 constexpr const char * BUNDLE_ID = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
 fake::Vocab vocab(int32_t n);
@@ -26,6 +29,10 @@ std::map<std::string, fake::Value> keys(int32_t sign);
 
 // Starts a test: forgets what was, and writes the teacher and the bundle.
 void install();
+
+// The same with an adapter bundle beside it. Its two files are there on the real disk too, empty: the core looks by itself
+// which files a directory holds.
+void install_adapter();
 
 // A model as the host loads it.
 llama_model * load(const char * path = TEACHER);
@@ -55,7 +62,7 @@ class Batch {
 
 // A teacher's model and a pair made for it, freed together.
 struct Host {
-    explicit Host(const adl_pair_params & params = models::params());
+    explicit Host(const adl_pair_params & params = models::params(), const char * dir = DIR);
     ~Host();
     Host(const Host &)             = delete;
     Host & operator=(const Host &) = delete;

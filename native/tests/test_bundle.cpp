@@ -51,7 +51,8 @@ TEST(a_good_bundle_is_read) {
     const adl_llama llama = fake_llama_table();
     adl_bundle      bundle;
     CHECK_EQ(adl_bundle_read(&llama, DIR, &bundle), ADL_OK);
-    CHECK_EQ(bundle.format_version, 1u);
+    CHECK_EQ(bundle.format_version, 2u);
+    CHECK(!bundle.is_adapter);
     CHECK_EQ(std::string(bundle.id), models::BUNDLE_ID);
     CHECK_EQ(bundle.epsilon, models::EPSILON);
     CHECK_EQ(bundle.delta_scale, models::DELTA_SCALE);
@@ -125,14 +126,14 @@ TEST(a_gguf_that_is_no_bundle_is_named) {
         models::install();
         file(path).keys = {{"general.architecture", text("llama")}};
         check_refused(path);
-        check_refused("no half of a bundle");
+        check_refused("no part of a bundle");
     }
 }
 
 TEST(another_format_is_refused) {
     for (const char * path : {PLUS, MINUS}) {
         models::install();
-        file(path).keys["adlocal.format_version"] = u32(2);
+        file(path).keys["adlocal.format_version"] = u32(3);
         check_refused("upgrade adlocal");
         check_refused(path);
         file(path).keys["adlocal.format_version"] = u32(0);
@@ -195,7 +196,7 @@ TEST(arrays_of_another_length_differ) {
         if (value.type == GGUF_TYPE_ARRAY) {
             models::install();
             Value & v = file(PLUS).keys[key];
-            v.strings.empty() ? v.bytes.resize(8) : v.strings.resize(1);
+            v.strings.empty() ? v.bytes.resize(v.bytes.size() / 2) : v.strings.resize(1);
             check_refused("disagree on " + key);
         }
     }
@@ -241,6 +242,30 @@ TEST(tensors_must_be_alike) {
         check_refused("different tensors");
         file(path).tensors.clear();
         check_refused("different tensors");
+    }
+}
+
+TEST(lists_have_an_element_a_capability) {
+    for (const char * key : {"weights", "norms", "losses", "traces", "sha256", "cosines"}) {
+        models::install();
+        const std::string name = std::string("adlocal.capabilities.") + key;
+        Value             v    = file(PLUS).keys[name];
+        v.strings.empty() ? v.bytes.resize(v.bytes.size() / 2) : v.strings.resize(1);
+        set_both(name, v);
+        check_refused(name + " has");
+    }
+    for (const auto & hashes : {std::vector<std::string>{}, {"a"}, {"a", "b", "c"}}) {
+        models::install();
+        set_both("adlocal.carriers.sha256", texts(hashes));
+        check_refused("expected 2");
+    }
+}
+
+TEST(halves_that_say_another_format_are_refused) {
+    for (const char * name : {"adapter", "", "quarters"}) {
+        models::install();
+        set_both("adlocal.format", text(name));
+        check_refused(std::string("say format '") + name + "', expected 'halves'");
     }
 }
 

@@ -98,6 +98,35 @@ TEST(making_a_pair) {
     }
 }
 
+TEST(making_a_pair_from_an_adapter_and_changing_its_epsilon) {
+    install_adapter();
+    const adl_llama llama    = fake_llama_table();
+    llama_model *   teacher  = load();
+    int             n_failed = 0;
+    for_every_failure([&](int64_t first, bool all) {
+        adl_pair * pair;
+        bool       reached;
+        {
+            Plan plan(first, all);
+            pair = adl_pair_init(&llama, ADAPTER_DIR, teacher, params());
+            if (pair != nullptr) {
+                CHECK_EQ(adl_pair_set_epsilon(pair, 0.5), ADL_OK); // needs no memory of ours
+            }
+            reached = plan.reached();
+        }
+        CHECK(pair != nullptr || adl_last_status() == ADL_ERROR_MEMORY);
+        CHECK(pair != nullptr || reached);
+        n_failed += pair == nullptr;
+        adl_pair_free(pair);
+        CHECK_EQ(fake::counts().contexts, 0);
+        CHECK_EQ(fake::counts().adapters, 0);
+        CHECK_EQ(fake::counts().models, 1);
+        return reached;
+    });
+    CHECK(n_failed > 0);
+    llama_model_free(teacher);
+}
+
 TEST(making_a_pair_that_llama_cpp_refuses) {
     for (const char * path : {PLUS, MINUS}) {
         for (const bool load : {true, false}) {

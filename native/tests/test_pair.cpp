@@ -428,8 +428,8 @@ TEST(n_outputs_max_of_0_is_a_batch) {
 
 TEST(a_bad_bundle) {
     install();
-    fake::file(MINUS).keys.erase("adlocal.traces.sha256");
-    check_no_pair(ADL_ERROR_BUNDLE, "adlocal.traces.sha256");
+    fake::file(MINUS).keys.erase("adlocal.base.sha256");
+    check_no_pair(ADL_ERROR_BUNDLE, "adlocal.base.sha256");
     check_no_pair(ADL_ERROR_BUNDLE, "nowhere", params(), "nowhere");
     check_no_pair(ADL_ERROR_BUNDLE, "adlocal convert", params(), nullptr);
 }

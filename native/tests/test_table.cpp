@@ -26,6 +26,8 @@ void check_refused(const adl_llama & llama, const char * words) {
     CHECK(adl_pair_init_from_files(&llama, "a", "b", 1, 1, nullptr, {}) == nullptr);
     CHECK_EQ(adl_last_status(), ADL_ERROR_LLAMA);
     CHECK_CONTAINS(adl_last_error(), words);
+    CHECK(adl_pair_init_from_adapter(&llama, "a", "b", 1, 1, nullptr, {}) == nullptr);
+    CHECK_EQ(adl_last_status(), ADL_ERROR_LLAMA);
 }
 
 TEST(nothing_has_failed_in_a_new_thread) {
