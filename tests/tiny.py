@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 import transformers
-from adlocal_convert.proxy import _interleave
 
 _PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]  # what gpt2's vocabulary writes as itself
 _OTHERS = [i for i in range(256) if i not in _PRINTED]
@@ -78,7 +78,13 @@ def _in_file_order(tensor_name: str, parameter: Any, config: Any) -> Any:
     values = parameter.detach().float().numpy()
     heads = {"attn_q.weight": config.num_attention_heads, "attn_k.weight": config.num_key_value_heads}
     n_head = next((n for part, n in heads.items() if tensor_name.endswith(part)), 0)
-    return _interleave(values, n_head) if n_head and config.model_type == "llama" else values
+    return interleaved(values, n_head) if n_head and config.model_type == "llama" else values
+
+
+def interleaved(values: Any, n_head: int) -> Any:
+    """Rows from transformers' order (halves of each head) to llama.cpp's (pairs): its converter's `permute`."""
+    rows = values.reshape(n_head, 2, values.shape[0] // n_head // 2, *values.shape[1:])
+    return np.ascontiguousarray(rows.swapaxes(1, 2).reshape(values.shape))
 
 
 def _add_vocabulary(writer: Any, n_vocab: int, pieces: list[str]) -> None:
