@@ -1,7 +1,10 @@
-"""Traces: JSON lines in TRL's conventions, rendered by the model's own chat template and tokenized by llama.cpp.
+"""Traces: rows in TRL's conventions, rendered by the model's own chat template and tokenized by llama.cpp.
 
 {"prompt": str, "completion": str}    {"prompt": [message, ...], "completion": [message, ...]}
 {"messages": [message, ...]}          message: {"role": str, "content": str}
+
+A question is a prompt too, and without a completion its answer is one, as in GSM8K. "finish_reason": "length" says that
+the completion was cut short.
 """
 
 from __future__ import annotations
@@ -9,9 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import llama_cpp
@@ -20,19 +22,21 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from ._gguf import captured_log, last_line
 from .errors import ModelError, TraceError
+from .rows import Row, check_messages, completion_of, is_empty, prompt_of, read_rows
 
 Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One line of a trace file.
+    """One row of a trace file.
 
     Attributes:
         where: file and line, for messages.
         messages: the conversation, or None for a pair of strings.
         n_given: how many of the messages are the prompt; the loss is on assistant turns after them.
         prompt, completion: the pair of strings, or None.
+        ended: whether the last answer came to its end; one that was cut short teaches no end of turn.
     """
 
     where: str
@@ -40,6 +44,27 @@ class Trace:
     n_given: int = 0
     prompt: str | None = None
     completion: str | None = None
+    ended: bool = True
+
+
+@dataclass(frozen=True)
+class TraceFile:
+    """What `read_traces` found; iterates over its traces.
+
+    Attributes:
+        traces: in the file's order, each once.
+        n_duplicates: traces left out because an earlier one has the same prompt and completion.
+        n_empty: rows left out because their generated completion has no text.
+        sha256: of the file; of the traces where they come from a dataset.
+    """
+
+    traces: list[Trace]
+    n_duplicates: int
+    n_empty: int
+    sha256: str
+
+    def __iter__(self) -> Iterator[Trace]:
+        return iter(self.traces)
 
 
 @dataclass(frozen=True)
@@ -59,21 +84,22 @@ class EncodedTrace:
         return EncodedTrace(self.where, self.tokens[:n_ctx], self.targets[:n_ctx])
 
 
-def read_traces(path: str | os.PathLike[str]) -> list[Trace]:
-    """Reads a trace file.
+def read_traces(path: str | os.PathLike[str]) -> TraceFile:
+    """Reads traces from JSON lines, Parquet (`*.parquet`) or a Hugging Face dataset, `owner/name[/config][:split]`.
 
     Raises:
-        TraceError: the file is missing or empty, or a line is no trace; the message gives its number.
+        TraceError: the file is missing or empty, or a row is no trace; the message gives its number.
+        AdlocalError: Parquet and datasets need the extra `adlocal[datasets]`.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TraceError(f"{path}: cannot be read as UTF-8 text ({error}); give a JSON lines file of traces") from None
-    lines = text.split("\n")  # splitlines() would also break at U+2028 and others, which JSON allows in a string
-    traces = [_parse(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    rows = read_rows(path)
+    found = [_trace(row) for row in rows if not is_empty(row.fields)]
+    traces: dict[str, Trace] = {}
+    for trace in found:
+        traces.setdefault(_identity(trace), trace)
     if not traces:
         raise TraceError(f'{path}: no traces; give lines like {{"prompt": "...", "completion": "..."}}')
-    return traces
+    digest = sha256(path) if os.path.isfile(path) else hashlib.sha256("\n".join(traces).encode()).hexdigest()
+    return TraceFile(list(traces.values()), len(found) - len(traces), len(rows) - len(found), digest)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -85,40 +111,34 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _parse(line: str, where: str) -> Trace:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise TraceError(
-            f"{where}: broken JSON at column {error.colno} ({error.msg}); mend or remove the line"
-        ) from None
-    except (ValueError, RecursionError) as error:  # numbers and nesting beyond Python's limits
-        raise TraceError(f"{where}: JSON that Python cannot hold ({error}); remove the line") from None
-    if not isinstance(row, dict):
-        raise TraceError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    prompt, completion, messages = row.get("prompt"), row.get("completion"), row.get("messages")
+def _trace(row: Row) -> Trace:
+    where, fields = row
+    prompt, completion, messages = prompt_of(fields), completion_of(fields), fields.get("messages")
+    ended = fields.get("finish_reason") != "length"
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
             raise TraceError(f"{where}: the completion is empty; remove the line")
-        return Trace(where, prompt=prompt, completion=completion)
+        return Trace(where, prompt=prompt, completion=completion, ended=ended)
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _conversation(where, [*prompt, *completion], len(prompt))
+        return _conversation(where, [*prompt, *completion], len(prompt), ended)
     if isinstance(messages, list):
-        return _conversation(where, messages, 0)
+        return _conversation(where, messages, 0, ended)
     raise TraceError(
-        f'{where}: has {sorted(row)}, expected "prompt" and "completion", both strings or both lists of messages, '
-        'or a list "messages"'
+        f'{where}: has {sorted(fields)}, expected "prompt" and "completion", both strings or both lists of messages, '
+        'or a list "messages", or "question" and "answer"'
     )
 
 
-def _conversation(where: str, messages: list[Any], n_given: int) -> Trace:
-    for message in messages:
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):
-            raise TraceError(f'{where}: a message needs "role" and "content", found {str(message)[:80]}')
+def _identity(trace: Trace) -> str:
+    return json.dumps([trace.prompt, trace.completion, trace.messages, trace.n_given], sort_keys=True, default=str)
+
+
+def _conversation(where: str, messages: list[Any], n_given: int, ended: bool) -> Trace:
+    check_messages(where, messages)
     answers = [m for m in messages[n_given:] if m["role"] == "assistant" and str(m["content"] or "").strip()]
     if not answers:
         raise TraceError(f"{where}: no assistant turn with text to learn from; remove the line")
-    return Trace(where, messages=tuple(messages), n_given=n_given)
+    return Trace(where, messages=tuple(messages), n_given=n_given, ended=ended)
 
 
 def open_vocabulary(path: str | os.PathLike[str]) -> LlamaModel:
@@ -158,29 +178,47 @@ class TraceEncoder:
         pieces = [(trace.prompt or "", False), (trace.completion or "", True)] if raw else self._rendered(trace)
         tokens: list[int] = []
         targets: list[bool] = []
-        for text, counts in pieces:
-            ids = self._model.tokenize(_utf8(text, trace.where), add_bos=not tokens and raw, special=not raw)
+        for i, (text, counts) in enumerate(pieces):
+            ids = self._tokenize(text, trace.where, raw, is_first=i == 0)
             tokens += ids
-            targets += self._until_end(ids) if counts else [False] * len(ids)
+            ended = trace.ended or i < len(pieces) - 1
+            targets += self._until_end(ids, ended) if counts else [False] * len(ids)
         if targets:
             targets[0] = False  # nothing comes before the first token to predict it from
         if not any(targets):
             raise TraceError(f"{trace.where}: no token of it counts in the loss; check its roles and completion")
         return EncodedTrace(trace.where, tokens, targets)
 
+    def encode_prompt(self, where: str, prompt: str | Sequence[Message]) -> list[int]:
+        """Token ids of a prompt alone, up to where the model is to answer.
+
+        Raises:
+            TraceError: the template cannot render it.
+        """
+        if isinstance(prompt, str) and self._raw:
+            return self._tokenize(prompt, where, raw=True, is_first=True)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if self._open is None:
+            raise _no_template(where)
+        return self._tokenize(self._text(self._open, messages, where), where, raw=False, is_first=True)
+
+    def _tokenize(self, text: str, where: str, raw: bool, is_first: bool) -> list[int]:
+        ids: list[int] = self._model.tokenize(_utf8(text, where), add_bos=is_first and raw, special=not raw)
+        return ids
+
     def _rendered(self, trace: Trace) -> list[tuple[str, bool]]:
         """The conversation's text, cut where assistant turns that count begin and end."""
         messages = list(trace.messages or _as_messages(trace))
         if self._open is None or self._closed is None:
-            raise TraceError(f"{trace.where}: messages need a chat template and the model has none; use string pairs")
+            raise _no_template(trace.where)
         pieces: list[tuple[str, bool]] = []
         done = ""
         for i, message in enumerate(messages):
             if i < trace.n_given or message["role"] != "assistant":
                 continue
             before, after = (
-                self._text(self._open, messages[:i], trace),
-                self._text(self._closed, messages[: i + 1], trace),
+                self._text(self._open, messages[:i], trace.where),
+                self._text(self._closed, messages[: i + 1], trace.where),
             )
             if not (before.startswith(done) and after.startswith(before)):
                 raise TraceError(
@@ -189,19 +227,22 @@ class TraceEncoder:
                 )
             pieces += [(before[len(done) :], False), (after[len(before) :], True)]
             done = after
+        if pieces and not trace.ended:
+            pieces[-1] = (_without_closing(pieces[-1][0], _last_answer(messages)), True)
         return pieces
 
-    def _text(self, formatter: Jinja2ChatFormatter, messages: Sequence[Message], trace: Trace) -> str:
+    def _text(self, formatter: Jinja2ChatFormatter, messages: Sequence[Message], where: str) -> str:
         try:
             return str(formatter(messages=cast(Any, messages)).prompt)
         except Exception as error:  # a template may raise anything
-            raise TraceError(f"{trace.where}: the model's chat template refuses the messages: {error}") from None
+            raise TraceError(f"{where}: the model's chat template refuses the messages: {error}") from None
 
-    def _until_end(self, ids: list[int]) -> list[bool]:
-        """True up to the end-of-turn token; what a template puts after it is never sampled."""
+    def _until_end(self, ids: list[int], ended: bool) -> list[bool]:
+        """True up to the end-of-turn token, and for it if the turn ended; what a template puts after it is never
+        sampled."""
         ends = [i for i, token in enumerate(ids) if llama_cpp.llama_vocab_is_eog(self._model.vocab, token)]
-        last = ends[0] if ends else len(ids) - 1
-        return [i <= last for i in range(len(ids))]
+        n = ends[0] + ended if ends else len(ids)
+        return [i < n for i in range(len(ids))]
 
 
 def encode_all(traces: Iterable[Trace], encoder: TraceEncoder, n_ctx: int) -> tuple[list[EncodedTrace], int, int]:
@@ -225,6 +266,22 @@ def _utf8(text: str, where: str) -> bytes:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise TraceError(f"{where}: half a surrogate pair, no text ({error.reason}); mend or remove the line") from None
+
+
+def _no_template(where: str) -> TraceError:
+    return TraceError(f"{where}: messages need a chat template and the model has none; use string pairs")
+
+
+def _last_answer(messages: Sequence[Message]) -> str:
+    return str(next(m["content"] for m in reversed(messages) if m["role"] == "assistant") or "")
+
+
+def _without_closing(text: str, answer: str) -> str:
+    """A rendered answer without what the template closes it with; whole if the template changed the answer itself."""
+    for said in (answer, answer.strip()):  # templates strip
+        if said and said in text:
+            return text[: text.rindex(said) + len(said)]
+    return text
 
 
 def _as_messages(trace: Trace) -> list[Message]:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import gguf
+import huggingface_hub
 import llama_cpp
+import pyarrow
 import pytest
 import tiny
 from llama_cpp._internals import LlamaModel
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from pyarrow import parquet as pyarrow_parquet
 
-from adlocal import ModelError, TraceError
+from adlocal import AdlocalError, ModelError, TraceError
 from adlocal.traces import EncodedTrace, Trace, TraceEncoder, encode_all, open_vocabulary, read_traces
 
 USER, ANSWER = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "It is 2."}
@@ -117,7 +123,9 @@ GOOD = {"prompt": "a", "completion": "b"}
         ("[1, 2]", "expected a JSON object, found list"),
         ("null", "expected a JSON object, found NoneType"),
         ({"prompt": "a"}, r"has \['prompt'\], expected "),
-        ({"question": "a", "answer": "b"}, r"has \['answer', 'question'\], expected "),
+        ({"question": "a", "text": "b"}, r"has \['question', 'text'\], expected .*or \"question\" and \"answer\""),
+        ({"prompt": "a", "answer": "b"}, r"has \['answer', 'prompt'\], expected "),
+        ({"question": "a", "answer": " "}, "the completion is empty"),
         ({"prompt": "a", "completion": 3}, r"has \['completion', 'prompt'\], expected .*both strings"),
         ({"prompt": "a", "completion": [ANSWER]}, ".*both strings or both lists of messages"),
         ({}, r"has \[\], expected "),
@@ -159,6 +167,180 @@ def test_a_model_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("no GGUF")
     with pytest.raises(ModelError, match=r"text\.gguf"):
         open_vocabulary(tmp_path / "text.gguf")
+
+
+def test_a_question_and_its_answer_are_a_pair(write: Write) -> None:
+    """As in GSM8K; where a teacher answered, its completion is the answer to learn from."""
+    path = write(
+        {"question": "1 + 1?", "answer": "<<1+1=2>>2"},
+        {"question": "1 + 2?", "answer": "3", "completion": "It is 3."},
+        {"prompt": "1 + 3?", "completion": "4", "question": "?", "answer": "!"},
+        {"messages": [USER], "completion": [ANSWER]},
+        {"prompt": None, "question": None, "messages": [USER, ANSWER]},
+    )
+    assert list(read_traces(path)) == [
+        Trace(f"{path}:1", prompt="1 + 1?", completion="<<1+1=2>>2"),
+        Trace(f"{path}:2", prompt="1 + 2?", completion="It is 3."),
+        Trace(f"{path}:3", prompt="1 + 3?", completion="4"),
+        Trace(f"{path}:4", messages=(USER, ANSWER), n_given=1),
+        Trace(f"{path}:5", messages=(USER, ANSWER)),
+    ]
+
+
+def test_duplicates_are_counted_and_the_first_is_kept(write: Write) -> None:
+    """The same question with another answer is no duplicate, nor is one conversation of which more is given."""
+    pair, longer = {"prompt": "a", "completion": "b"}, [USER, ANSWER, THANKS, WELCOME]
+    different = [pair, {"prompt": "a", "completion": "c"}, {"messages": longer}]
+    different += [{"prompt": longer[:n], "completion": longer[n:]} for n in (1, 3)]
+    path = write(*different, {**pair, "id": 7}, {"question": "a", "answer": "b"}, {"messages": longer})
+    found = read_traces(path)
+    assert [trace.where for trace in found] == [f"{path}:{n}" for n in range(1, 6)]
+    assert (found.n_duplicates, found.n_empty) == (3, 0)
+    assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_generated_rows_without_text_are_counted_and_left_out(write: Write) -> None:
+    """Some teachers end their turn at once; a person's empty completion is a mistake and stays one."""
+    silent = [{"role": "assistant", "content": ""}]
+    empty: list[dict[str, Any]] = [{"completion": text} for text in (" \n", silent, None)]
+    rows = [{"prompt": "a", **row, "finish_reason": "stop"} for row in empty]
+    found = read_traces(write(*rows, {"messages": [USER, ANSWER], "finish_reason": "stop"}))
+    assert (len(found.traces), found.n_duplicates, found.n_empty) == (1, 0, 3)
+
+
+# Other sources
+
+CALLED: list[dict[str, Any]] = [dict(USER, tool_calls=["f"]), {"role": "assistant", "content": None}, THANKS, WELCOME]
+TABLE: list[dict[str, Any]] = [
+    {"prompt": "1 + 1?", "completion": "2", "messages": None},
+    {"messages": [USER, ANSWER]},
+    {"messages": CALLED},
+    {"prompt": "1 + 1?", "completion": "2"},
+]
+
+
+def table_traces(source: object) -> list[Trace]:
+    """TABLE's traces. A column's nulls are keys that a row does not have, but for the content of a message."""
+    return [
+        Trace(f"{source}:1", prompt="1 + 1?", completion="2"),
+        Trace(f"{source}:2", messages=(USER, ANSWER)),
+        Trace(f"{source}:3", messages=tuple(CALLED)),
+    ]
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    """TABLE in a Parquet file."""
+    pyarrow_parquet.write_table(pyarrow.Table.from_pylist(TABLE), tmp_path / "traces.parquet")
+    return tmp_path / "traces.parquet"
+
+
+def test_parquet_is_read_by_the_row(parquet: Path) -> None:
+    found = read_traces(parquet)
+    assert list(found) == table_traces(parquet)
+    assert found.n_duplicates == 1
+    assert found.sha256 == hashlib.sha256(parquet.read_bytes()).hexdigest()
+
+
+def test_parquet_that_cannot_be_read_is_refused(parquet: Path) -> None:
+    whole = parquet.read_bytes()
+    for name, content in {"half": whole[: len(whole) // 2], "text": b"no Parquet", "empty": b""}.items():
+        path = parquet.with_name(f"{name}.parquet")
+        path.write_bytes(content)
+        with pytest.raises(TraceError, match=rf"{name}\.parquet: cannot be read as Parquet \(.+\); give a whole file"):
+            read_traces(path)
+    with pytest.raises(TraceError, match=r"missing\.parquet: cannot be read as Parquet \(.*No such file"):
+        read_traces(parquet.with_name("missing.parquet"))
+    pyarrow_parquet.write_table(pyarrow.table({"text": ["a"]}), parquet)
+    with pytest.raises(TraceError, match=r"traces\.parquet:1: has \['text'\], expected"):
+        read_traces(parquet)
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        ("owner/name", ("owner/name", None, "train")),
+        ("owner/name:test", ("owner/name", None, "test")),
+        ("openai/gsm8k/main", ("openai/gsm8k", "main", "train")),
+        ("openai/gsm8k/main:test", ("openai/gsm8k", "main", "test")),
+    ],
+)
+def test_a_dataset_is_asked_for_by_its_id(
+    source: str, wanted: tuple[str, str | None, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(path: str, name: str | None, *, split: str) -> Any:
+        assert (path, name, split) == wanted
+        return pyarrow.Table.from_pylist(TABLE).to_pylist()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = read_traces(Path(source))
+    assert list(found) == table_traces(source)
+    assert found.sha256 == read_traces(source).sha256
+
+
+@pytest.fixture
+def local_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A directory of data files, which `load_dataset` takes as it does an id."""
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    pair = {"question": "1 + 1?", "answer": "2"}
+    for split in ("train", "test"):
+        (tmp_path / "owner" / "name" / f"{split}.jsonl").write_text(json.dumps({**pair, "answer": split}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return "owner/name"
+
+
+def test_a_dataset_is_loaded(local_dataset: str) -> None:
+    for source, answer in ((local_dataset, "train"), (f"{local_dataset}:test", "test")):
+        assert list(read_traces(source)) == [Trace(f"{source}:1", prompt="1 + 1?", completion=answer)]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("owner/name:dev", 'datasets cannot load it (Unknown split "dev". Should be one of '),
+        ("owner/name/main", "datasets cannot load it (BuilderConfig 'main' not found"),
+        ("owner/none", "no such file, and the dataset cannot be fetched (Couldn't reach 'owner/none' on the Hub"),
+    ],
+    ids=["split", "config", "no network"],
+)
+def test_a_dataset_that_cannot_be_loaded_is_told_in_a_line(source: str, words: str, local_dataset: str) -> None:
+    with pytest.raises(TraceError, match=f"^{re.escape(source)}: {re.escape(words)}") as error:
+        read_traces(source)
+    assert "\n" not in str(error.value)
+
+
+def test_an_id_that_the_hub_does_not_know_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(path: str, *_: object, **__: object) -> None:
+        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{path}' doesn't exist on the Hub.\nMore.")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(TraceError) as error:
+        read_traces("owner/none")
+    assert str(error.value) == (
+        "owner/none: no such file, and no dataset that you may read (Dataset 'owner/none' doesn't exist on the Hub.); "
+        "check the name, or run `hf auth login`"
+    )
+
+
+@pytest.mark.parametrize(("module", "source"), [("pyarrow", "traces.parquet"), ("datasets", "owner/name")])
+def test_without_the_extra_its_name_is_told(
+    module: str, source: str, parquet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(parquet.parent)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(AdlocalError) as error:
+        read_traces(source)
+    assert str(error.value) == (
+        f"{source}: reading it needs {module}, which is not installed; run: pip install 'adlocal[datasets]'"
+    )
+
+
+def test_a_missing_file_is_not_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    with pytest.raises(TraceError, match=r"^data/traces\.jsonl: cannot be read as UTF-8 text"):
+        read_traces("data/traces.jsonl")
 
 
 # Chat template
@@ -236,6 +418,63 @@ def test_a_template_without_end_of_turn_counts_to_its_end(model: Model, write: W
 def test_the_first_token_is_never_a_target(model: Model, write: Write) -> None:
     template = "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
     assert encode(one({"messages": [ANSWER]}, write), model(template)) == encoded(("I", False), ("t is 2.</s>", True))
+
+
+# Completions that were cut short
+
+
+def cut_short(completion: Any, write: Write, prompt: Any = "1 + 1?") -> Trace:
+    return one({"prompt": prompt, "completion": completion, "finish_reason": "length"}, write)
+
+
+@pytest.mark.parametrize("text", ["It is", " It is", "It is ", "It"])
+def test_a_completion_that_was_cut_short_teaches_no_end(text: str, model: Model, write: Write) -> None:
+    """Neither the end of the turn nor anything else that the template closes it with."""
+    given = ("<s>user\n1 + 1?</s>\n<s>assistant\n", False)
+    expected = encoded(given, (text, True))
+    assert encode(cut_short(text, write), model(tiny.CHAT_TEMPLATE)) == expected
+    as_message = cut_short([{"role": "assistant", "content": text}], write, [USER])
+    assert encode(as_message, model(tiny.CHAT_TEMPLATE)) == expected
+    ended = one({"prompt": "1 + 1?", "completion": text, "finish_reason": "stop"}, write)
+    assert encode(ended, model(tiny.CHAT_TEMPLATE)) == encoded(given, (f"{text}</s>", True), ("\n", False))
+
+
+def test_only_the_last_turn_was_cut_short(model: Model, write: Write) -> None:
+    trace = cut_short([ANSWER, THANKS, {"role": "assistant", "content": "Wel"}], write, [USER])
+    assert encode(trace, model(tiny.CHAT_TEMPLATE)) == encoded(
+        ("<s>user\n1 + 1?</s>\n<s>assistant\n", False),
+        ("It is 2.</s>", True),
+        ("\n<s>user\nThanks</s>\n<s>assistant\n", False),
+        ("Wel", True),
+    )
+
+
+def test_a_template_that_changes_the_answer_still_teaches_no_end(model: Model, write: Write) -> None:
+    shouting = tiny.CHAT_TEMPLATE.replace("m['content']", "m['content'] | upper")
+    assert encode(cut_short("It is", write), model(shouting)) == encoded(
+        ("<s>user\n1 + 1?</s>\n<s>assistant\n", False), ("IT IS", True), ("</s>\n", False)
+    )
+
+
+def test_stripping_templates_strip_what_was_cut_short_too(model: Model, write: Write) -> None:
+    stripping = tiny.CHAT_TEMPLATE.replace("m['content']", "m['content'] | trim")
+    assert encode(cut_short(" It is ", write), model(stripping)) == encoded(
+        ("<s>user\n1 + 1?</s>\n<s>assistant\n", False), ("It is", True)
+    )
+
+
+def test_a_raw_completion_has_no_end_anyway(model: Model, write: Write) -> None:
+    whole = one({"prompt": "1 + 1 =", "completion": " 2"}, write)
+    assert encode(cut_short(" 2", write, "1 + 1 ="), model(None)) == encode(whole, model(None))
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("prompt", ["1 + 1?", "</s>", [USER], [USER, ANSWER, THANKS]])
+def test_a_prompt_alone_is_encoded_as_before_a_completion(prompt: Any, raw: bool, model: Model, write: Write) -> None:
+    completion = "x" if isinstance(prompt, str) else [{"role": "assistant", "content": "x"}]
+    encoder = TraceEncoder(model(tiny.CHAT_TEMPLATE), raw=raw)
+    whole = encoder.encode(one({"prompt": prompt, "completion": completion}, write))
+    assert encoder.encode_prompt("here", prompt) == whole.tokens[: whole.targets.index(True)]
 
 
 # A template that shows only the last turn, as those do that drop an earlier turn's reasoning.
@@ -339,6 +578,6 @@ def test_long_traces_are_cut_and_those_with_nothing_left_are_skipped(model: Mode
 
 
 def test_a_context_that_no_prompt_fits_is_refused(model: Model, write: Write) -> None:
-    traces = read_traces(write(*[{"prompt": "12345", "completion": "6"}] * 3))
+    traces = read_traces(write(*[{"prompt": "12345", "completion": digit} for digit in "678"]))
     with pytest.raises(TraceError, match="all 3 prompts fill the context of 6 tokens; ask for a larger one"):
         encode_all(traces, TraceEncoder(model(None)), n_ctx=6)

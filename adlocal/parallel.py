@@ -1,0 +1,220 @@
+"""Several sequences of a plain model decoded together in one llama.cpp context, with continuous batching.
+
+A sequence that ends makes room for the next request at once. Every sequence has a stream of the KV cache to itself, so
+what is sampled for a request depends on the others only through rounding: llama.cpp picks kernels by batch size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import llama_cpp
+from llama_cpp._internals import LlamaBatch, LlamaContext, LlamaModel, LlamaSampler
+from llama_cpp._logger import set_verbose
+
+from ._gguf import GGUFHeader, captured_log, last_line
+from .errors import AdlocalError, ModelError
+from .pair import context_params
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """llama.cpp's sampling chain: top_k, top_p, min_p, temp. A `temp` of 0 is greedy and leaves the others out."""
+
+    temp: float = 0.0
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+
+    def chain(self, seed: int) -> LlamaSampler:
+        """A sampler of its own for one sequence."""
+        chain = LlamaSampler()
+        if self.temp == 0:
+            chain.add_greedy()
+            return chain
+        chain.add_top_k(self.top_k)
+        chain.add_top_p(self.top_p, 1)
+        chain.add_min_p(self.min_p, 1)
+        chain.add_temp(self.temp)
+        chain.add_dist(seed)
+        return chain
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to go on from, by at most `n_predict` tokens; `index` is handed back with the completion."""
+
+    index: int
+    tokens: Sequence[int]
+    n_predict: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What followed a prompt.
+
+    Attributes:
+        index: that of the request.
+        tokens: sampled ids, without the one that ended the turn.
+        finish_reason: "stop" if the model ended its turn, "length" at `n_predict` or at the end of the context.
+    """
+
+    index: int
+    tokens: list[int]
+    finish_reason: str
+
+
+@dataclass
+class _Slot:
+    """One sequence being generated: `pending` is still to be decoded, after `n_past` tokens that were."""
+
+    request: Request
+    limit: int
+    sampler: LlamaSampler
+    pending: Sequence[int]
+    n_past: int = 0
+    sampled: list[int] = field(default_factory=list)
+
+
+class ParallelLlama:
+    """A model with a context for `n_parallel` sequences. Close it when done; not safe for several threads at once.
+
+    Args:
+        path: GGUF of the model.
+        n_ctx: tokens of context for each sequence; no more than the model was trained for is used.
+        n_parallel: most sequences decoded together.
+        n_threads: as in `llama_cpp.Llama`, for prompts too.
+        n_gpu_layers: layers to offload, -1 for all.
+
+    Raises:
+        ModelError: llama.cpp refuses the file or the context; the message says why.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        n_ctx: int = 2048,
+        n_parallel: int = 4,
+        n_threads: int | None = None,
+        n_gpu_layers: int = 0,
+    ) -> None:
+        self.n_ctx = min(n_ctx, GGUFHeader(path).n_ctx_train or n_ctx)
+        self.n_parallel = n_parallel
+        self._n_batch = max(512, n_parallel)
+        params = context_params(self.n_ctx * n_parallel, self._n_batch, n_parallel, n_threads)
+        params.n_seq_max = n_parallel
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # as in llama_cpp.Llama, whose text this is
+        self.model, self._context = _load(path, params, n_gpu_layers)
+        self._batch = LlamaBatch(n_tokens=self._n_batch, embd=0, n_seq_max=1, verbose=False)
+
+    def close(self) -> None:
+        """Frees context and model."""
+        self._batch.close()
+        self.model.close()
+
+    def generate(
+        self, requests: Iterable[Request], sampling: Sampling, on_tokens: Callable[[int], None] = lambda n: None
+    ) -> Iterator[Completion]:
+        """Completions in the order in which they end.
+
+        Args:
+            requests: taken one by one as sequences become free; each prompt has to be shorter than `n_ctx`.
+            sampling: for all of them; each has a chain with its own seed.
+            on_tokens: told how many tokens every decode sampled.
+
+        Raises:
+            AdlocalError: llama_decode fails.
+        """
+        queue = iter(requests)
+        slots: list[_Slot | None] = [None] * self.n_parallel
+        self._context.kv_cache_clear()
+        while True:
+            for seq_id, slot in enumerate(slots):
+                if slot is None and (request := next(queue, None)) is not None:
+                    slots[seq_id] = self._slot(request, sampling)
+            if not any(slots):
+                return
+            ready = self._decode(slots)
+            on_tokens(len(ready))
+            for seq_id, slot, row in ready:
+                if (reason := self._sample(slot, row)) is not None:
+                    slots[seq_id] = None
+                    slot.sampler.close()
+                    self._context.kv_cache_seq_rm(seq_id, -1, -1)
+                    yield Completion(slot.request.index, slot.sampled, reason)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What the tokens say. Special tokens say nothing, and bytes that make no character are left out."""
+        return b"".join(map(self._piece, tokens)).decode("utf-8", errors="ignore")
+
+    def _piece(self, token: int) -> bytes:
+        buffer = ctypes.create_string_buffer(64)
+        n = llama_cpp.llama_token_to_piece(self.model.vocab, token, buffer, len(buffer), 0, False)
+        if n < 0:  # LlamaModel.detokenize drops tokens that are longer than its buffer, such as runs of spaces
+            buffer = ctypes.create_string_buffer(-n)
+            n = llama_cpp.llama_token_to_piece(self.model.vocab, token, buffer, len(buffer), 0, False)
+        return buffer.raw[:n]
+
+    def _slot(self, request: Request, sampling: Sampling) -> _Slot:
+        limit = min(request.n_predict, self.n_ctx - len(request.tokens))
+        return _Slot(request, limit, sampling.chain(request.seed), request.tokens)
+
+    def _decode(self, slots: Sequence[_Slot | None]) -> list[tuple[int, _Slot, int]]:
+        """Decodes a token of every sequence, and of those with more to read as many as the batch holds.
+
+        Returns:
+            Sequence id, slot and row of the logits of those that have been read to the end.
+        """
+        busy = [(seq_id, slot) for seq_id, slot in enumerate(slots) if slot is not None]
+        batch, ready, n_spare = self._batch, [], self._n_batch - len(busy)
+        batch.reset()
+        for seq_id, slot in busy:
+            n = min(len(slot.pending), 1 + n_spare)
+            n_spare -= n - 1
+            for token in slot.pending[:n]:
+                _add(batch, token, slot.n_past, seq_id)
+                slot.n_past += 1
+            slot.pending = slot.pending[n:]
+            if not slot.pending:
+                batch.batch.logits[batch.n_tokens() - 1] = True
+                ready.append((seq_id, slot, batch.n_tokens() - 1))
+        if status := llama_cpp.llama_decode(self._context.ctx, batch.batch):
+            raise AdlocalError(
+                f"llama_decode of {len(busy)} sequences failed ({status}); try fewer, or a smaller context"
+            )
+        return ready
+
+    def _sample(self, slot: _Slot, row: int) -> str | None:
+        """Samples the slot's next token and tells why it ends there, if it does."""
+        token = slot.sampler.sample(self._context, row)
+        if llama_cpp.llama_vocab_is_eog(self.model.vocab, token):
+            return "stop"
+        slot.sampled.append(token)
+        slot.pending = [token]
+        return "length" if len(slot.sampled) == slot.limit else None
+
+
+def _load(
+    path: str | os.PathLike[str], params: llama_cpp.llama_context_params, n_gpu_layers: int
+) -> tuple[LlamaModel, LlamaContext]:
+    set_verbose(False)
+    model_params = llama_cpp.llama_model_default_params()
+    model_params.n_gpu_layers = 0x7FFFFFFF if n_gpu_layers == -1 else n_gpu_layers
+    try:
+        with captured_log() as log:
+            model = LlamaModel(path_model=os.fspath(path), params=model_params, verbose=False)
+            return model, LlamaContext(model=model, params=params, verbose=False)
+    except ValueError as error:
+        raise ModelError(f"{path}: {error} ({last_line(log)})") from None
+
+
+def _add(batch: LlamaBatch, token: int, pos: int, seq_id: int) -> None:
+    raw, i = batch.batch, batch.batch.n_tokens
+    raw.token[i], raw.pos[i], raw.logits[i] = token, pos, False
+    raw.seq_id[i][0], raw.n_seq_id[i] = seq_id, 1
+    raw.n_tokens = i + 1
