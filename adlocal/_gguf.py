@@ -1,4 +1,4 @@
-"""Header of a GGUF file, read by llama.cpp's own `gguf_*` functions (ggml/include/gguf.h).
+"""Header of a GGUF file, read and written by llama.cpp's own `gguf_*` functions (ggml/include/gguf.h).
 
 Numbers keep their type and precision here; `llama_model_meta_val_str` would print floats with six decimals.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +59,12 @@ _get_tensor_type = _function("gguf_get_tensor_type", ctypes.c_int, _p, _i64)
 _get_tensor_offset = _function("gguf_get_tensor_offset", ctypes.c_size_t, _p, _i64)
 _get_tensor_size = _function("gguf_get_tensor_size", ctypes.c_size_t, _p, _i64)
 _get_data_offset = _function("gguf_get_data_offset", ctypes.c_size_t, _p)
+
+_init_empty = _function("gguf_init_empty", _p)
+_write_to_file = _function("gguf_write_to_file", ctypes.c_bool, _p, _str, ctypes.c_bool)
+_set_val_str = _function("gguf_set_val_str", None, _p, _str, _str)
+_set_arr_data = _function("gguf_set_arr_data", None, _p, _str, ctypes.c_int, _p, ctypes.c_size_t)
+_set_arr_str = _function("gguf_set_arr_str", None, _p, _str, ctypes.POINTER(_str), ctypes.c_size_t)
 
 _STRING, _ARRAY = 8, 9
 # enum gguf_type, by gguf's names
@@ -171,6 +177,40 @@ def _tensors(context: int) -> Iterator[TensorInfo]:
             offset=data + _get_tensor_offset(context, i),
             n_bytes=_get_tensor_size(context, i),
         )
+
+
+def write_metadata(path: str | os.PathLike[str], values: Iterable[tuple[str, Any, str]]) -> None:
+    """Writes a GGUF file that holds keys and no tensors.
+
+    Args:
+        path: overwritten if it exists.
+        values: (key, value, GGUF type by gguf's name) of each key; a list is stored as an array of that type.
+
+    Raises:
+        OSError: llama.cpp could not write the file.
+    """
+    context = _init_empty()
+    try:
+        for key, value, kind in values:
+            _set(context, key.encode(), value, _TYPES.index(kind))
+        with captured_log() as log:
+            written = _write_to_file(context, os.fsencode(path), True)
+    finally:
+        _free(context)
+    if not written:
+        raise OSError(f"{path}: cannot be written ({last_line(log)})")
+
+
+def _set(context: int, key: bytes, value: Any, kind: int) -> None:
+    if isinstance(value, list) and kind == _STRING:
+        _set_arr_str(context, key, (_str * len(value))(*[text.encode() for text in value]), len(value))
+    elif isinstance(value, list):
+        _set_arr_data(context, key, kind, (_SCALARS[kind][1] * len(value))(*value), len(value))
+    elif kind == _STRING:
+        _set_val_str(context, key, value.encode())
+    else:
+        suffix, c_type = _SCALARS[kind]
+        _function(f"gguf_set_val_{suffix}", None, _p, _str, c_type)(context, key, value)
 
 
 @contextmanager

@@ -13,11 +13,13 @@ from llama_cpp.llama_chat_format import Llava15ChatHandler, MTMDChatHandler
 
 from . import adjust
 from ._gguf import GGUFHeader, captured_log, last_line
-from .bundle import DEFAULT_GUARD, Bundle
+from .bundle import Bundle
+from .calibration import resolve
 from .dose import Dose
 from .errors import InputError, ModelError
 from .lockstep import LockstepContext, Settings
-from .pair import PairState, ProxyPair
+from .pair import ProxyPair
+from .state import PairState
 
 
 class ProtectedState(LlamaState):
@@ -45,8 +47,9 @@ class AntidistillationLlama(llama_cpp.Llama):
         model_path: str,
         *,
         bundle: str | os.PathLike[str],
-        strength: float = 1.0,
-        guard: float = DEFAULT_GUARD,
+        strength: float | str | None = None,
+        guard: float | None = None,
+        epsilon: float | None = None,
         proxy_n_gpu_layers: int | None = None,
         proxy_n_threads: int | None = None,
         proxy_type_k: int | None = None,
@@ -58,8 +61,11 @@ class AntidistillationLlama(llama_cpp.Llama):
         Args:
             model_path: the teacher's GGUF.
             bundle: what `adlocal convert` wrote.
-            strength: typical shift of a plausible token's logit, in nats; 0 is exactly the teacher.
-            guard: tokens under this share of the top token's probability are never lifted; 0 is the paper.
+            strength: typical shift of a plausible token's logit, in nats; 0 is exactly the teacher. None takes the
+                bundle's calibrated strength if it has one, else 1.0; "calibrated" insists on one.
+            guard: tokens under this share of the top token's probability are never lifted; 0 is the paper. None takes
+                the calibrated guard, else 0.05.
+            epsilon: step along ĝ, for an adapter bundle; the bundle's by default.
             proxy_n_gpu_layers, proxy_n_threads: as for the teacher, whose they are by default.
             proxy_type_k, proxy_type_v: types of the proxies' KV caches, llama.cpp's own by default.
             **kwargs: of `llama_cpp.Llama`.
@@ -67,14 +73,15 @@ class AntidistillationLlama(llama_cpp.Llama):
         Raises:
             InputError: bundle, teacher or an argument cannot be used; the message says what would help.
         """
-        settings = Settings(adjust.check_strength(strength), adjust.check_guard(guard))
         _refuse_unprotectable(kwargs)
-        Bundle.open(bundle)  # before the teacher's weights are read, which can take a while
+        # Before the teacher's weights are read, which can take a while.
+        resolved = resolve(bundle, Bundle.open(bundle), model_path, strength, guard)
         GGUFHeader(model_path)
         self._protection: dict[str, Any] = {
             "bundle": bundle,
-            "strength": strength,
-            "guard": guard,
+            "strength": resolved[0],
+            "guard": resolved[1],
+            "epsilon": epsilon,
             "proxy_n_gpu_layers": proxy_n_gpu_layers,
             "proxy_n_threads": proxy_n_threads,
             "proxy_type_k": proxy_type_k,
@@ -83,14 +90,14 @@ class AntidistillationLlama(llama_cpp.Llama):
         # A draft needs a row of scores for every position, not only for the last n_batch.
         kwargs["logits_all"] = kwargs.get("logits_all", False) or kwargs.get("draft_model") is not None
         self._load_teacher(model_path, kwargs)
-        self.last_dose = Dose(settings.strength, settings.guard)
+        self.last_dose = Dose(*resolved)
         try:
             pair = self._open_pair()
         except BaseException:
             self.close()
             raise
         self._stack.callback(pair.close)
-        self._lockstep = LockstepContext(self._ctx, pair, settings)
+        self._lockstep = LockstepContext(self._ctx, pair, Settings(*resolved, pair.epsilon))
         self._n_ctx = len(self.input_ids)  # llama.cpp rounds n_ctx up, Llama's own buffers do not
         self._ctx = self._lockstep  # type: ignore[assignment]  # it offers what Llama asks of a context
         self.pair = pair
@@ -120,6 +127,7 @@ class AntidistillationLlama(llama_cpp.Llama):
             type_k=own["proxy_type_k"],
             type_v=own["proxy_type_v"],
             verbose=self.verbose,
+            epsilon=own["epsilon"],
         )
 
     @property
@@ -209,7 +217,7 @@ class AntidistillationLlama(llama_cpp.Llama):
         """Restores a saved state. Rows of scores that were adjusted otherwise, or never, are evaluated again."""
         tokens = state.input_ids[: state.n_tokens].tolist()
         settings = getattr(state, "settings", None)
-        if self._logits_all and settings != self._lockstep.settings:
+        if self._logits_all and settings != self._settings(None, None):
             self._replay(tokens)
             self._seed = state.seed
             return
@@ -232,6 +240,7 @@ class AntidistillationLlama(llama_cpp.Llama):
         return Settings(
             now.strength if strength is None else adjust.check_strength(strength),
             now.guard if guard is None else adjust.check_guard(guard),
+            self.pair.epsilon,
         )
 
     @contextmanager
