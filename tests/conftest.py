@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import tiny
-from adlocal_convert.convert import Options, convert
+from adapters import Pairs
+from adlocal_convert.convert import convert
 from adlocal_convert.demo import demo_model
+from adlocal_convert.options import Options
 from adlocal_convert.word_problems import word_problems
 from faults import Faults
 
@@ -20,6 +23,17 @@ from adlocal.errors import BundleError
 
 ROOT = Path(__file__).resolve().parent.parent
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_train_1000.jsonl"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gradient_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Gradients of this session are its own, those of commands that it runs too."""
+    before, own = os.environ.get("ADLOCAL_CACHE"), tmp_path_factory.mktemp("cache")
+    os.environ["ADLOCAL_CACHE"] = str(own)
+    yield own
+    del os.environ["ADLOCAL_CACHE"]
+    if before is not None:
+        os.environ["ADLOCAL_CACHE"] = before
 
 
 @pytest.fixture(scope="session")
@@ -42,8 +56,27 @@ def tiny_traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_bundle(tiny_llama: Path, tiny_traces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the tiny llama model."""
     out = tmp_path_factory.mktemp("bundle") / "bundle"
-    convert(Options(tiny_llama, tiny_traces, out, carriers=1.0, n_threads=1), lambda line: None)
+    options = Options(str(tiny_llama), {"traces": tiny_traces}, out, carriers=1.0, n_threads=1)
+    convert(options, lambda line: None)
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny_pairs(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    """A tiny llama model and a direction of rank 3 over all its linear tensors."""
+    return Pairs.of(tmp_path_factory.mktemp("pairs"), "llama", Bundle.open(tiny_bundle))
+
+
+@pytest.fixture(scope="session")
+def adapter_bundle(tiny_pairs: Pairs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its adapter bundle."""
+    return tiny_pairs.write_adapter_bundle(tmp_path_factory.mktemp("adapter") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def equal_halves(tiny_pairs: Pairs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The halves that the adapter bundle must equal."""
+    return tiny_pairs.write_halves(tmp_path_factory.mktemp("halves") / "bundle")
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +103,8 @@ def smollm2_bundle(smollm2: Path, pytestconfig: pytest.Config) -> Path:
         Bundle.open(directory / "bundle")
     except BundleError:
         (directory / "traces.jsonl").write_text(text, encoding="utf-8")
-        convert(Options(smollm2, directory / "traces.jsonl", directory / "bundle", overwrite=True), print)
+        traces = {"traces": directory / "traces.jsonl"}
+        convert(Options(str(smollm2), traces, directory / "bundle", overwrite=True), print)
     return directory / "bundle"
 
 

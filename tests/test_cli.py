@@ -24,7 +24,7 @@ from adlocal.bundle import MINUS_NAME, PLUS_NAME, Bundle
 from adlocal.cli import main
 
 Run = Callable[..., "Done"]
-VERBS = ("convert", "inspect", "generate", "score", "bench", "demo")
+VERBS = ("traces", "convert", "inspect", "generate", "calibrate", "score", "bench", "demo")
 
 
 class Done:
@@ -108,12 +108,12 @@ def test_unusable_proxies_are_refused(run: Run, tiny_llama: Path, tiny_traces: P
     for name, data in {"head": whole[:3000], "tail": whole[:-1000], "noise": b"GGUF" + b"\1\2\3" * 99}.items():
         (tmp_path / f"{name}.gguf").write_bytes(data)
     for proxy, words in {
-        tmp_path / "nowhere.gguf": ("nowhere.gguf: no such file; give the path of a GGUF file",),
-        tmp_path: ("no such file",),
+        tmp_path / "nowhere.gguf": ("nowhere.gguf: no such file or directory, and no hub id; give a GGUF",),
+        tmp_path: (f"{tmp_path}: ", "give --teacher TEACHER.gguf"),
         tmp_path / "head.gguf": ("head.gguf: not a readable GGUF file (failed to read key-value pairs)",),
         tmp_path / "tail.gguf": ("tail.gguf: truncated at", "download or convert it again"),
         tmp_path / "noise.gguf": ("noise.gguf: not a readable GGUF file",),
-        other_architecture(tmp_path / "gpt2.gguf"): ("architecture gpt2 is not supported; give one of llama, qwen2",),
+        other_architecture(tmp_path / "gpt2.gguf"): ("architecture gpt2 is not supported; give one of llama, qwen2,",),
     }.items():
         done = run("convert", proxy, "--traces", tiny_traces, "--out", out)
         refused(done, "convert", *words)
@@ -143,7 +143,7 @@ GOOD = {"prompt": "1 + 1 =", "completion": " 2"}
         ([GOOD, {"prompt": "1", "completion": "  "}], ("t.jsonl:2: the completion is empty; remove the line",)),
         ([GOOD, {"question": "1"}], ("t.jsonl:2: has ['question']",)),
         ([], ("t.jsonl: no traces; give lines like",)),
-        ([{"prompt": "x" * 300, "completion": "y"}] * 3, ("all 3 prompts fill the context of 256 tokens",)),
+        ([{"prompt": "x" * 300, "completion": y} for y in "abc"], ("all 3 prompts fill the context of 256 tokens",)),
     ],
     ids=["broken JSON", "no object", "empty completion", "other keys", "empty file", "too long"],
 )
@@ -195,7 +195,7 @@ def test_convert_makes_a_bundle_and_says_what_it_is(run: Run, tiny_llama: Path, 
     done = run(*argv, "--eps", "0.03", "--json")
     assert done.status == 0
     report, bundle = json.loads(done.out), Bundle.open(out)
-    assert (report["id"], report["epsilon"], report["halves_fit"]) == (bundle.id, 0.03, True)
+    assert (report["id"], report["epsilon"], report["files_fit"]) == (bundle.id, 0.03, True)
     assert report["bytes"] == {name: (out / name).stat().st_size for name in (PLUS_NAME, MINUS_NAME)}
     assert "8 traces with" in done.err
     assert f"wrote {out}" in done.err
@@ -221,7 +221,7 @@ def test_inspect_is_a_page_and_an_object(run: Run, tiny_bundle: Path) -> None:
         assert part in page.out
     assert sum(line.lstrip().startswith("* ") for line in page.out.splitlines()) == 1, "one ε was chosen"
     found = json.loads(run("inspect", tiny_bundle, "--json").out)
-    assert found["halves_fit"] is True
+    assert found["files_fit"] is True
     assert found["sweep_epsilon"] == bundle.sweep_epsilon
     assert found["carriers"] == bundle.carriers
     assert found["paper_lambda_at_strength_1"] == pytest.approx(1 / bundle.delta_scale / bundle.gradient_norm)
@@ -280,7 +280,8 @@ def test_score_is_a_row_a_trace_and_their_mean(run: Run, tiny_bundle: Path, tmp_
         assert s["dose_per_token"] == pytest.approx(s["dose"] / s["n_tokens"])
     table = run(*argv).out.splitlines()
     assert len(table) == 1 + 5 + 1
-    assert table[1].split() == [f"{scores[0]['dose']:+.2f}", f"{scores[0]['dose_per_token']:+.4f}", "3", f"{traces}:1"]
+    row = [f"{scores[0]['dose']:+.2f}", f"{scores[0]['dose_per_token']:+.4f}", "3", f"{traces}:1"]
+    assert table[1].split()[:4] == row
     assert table[-1].split()[0] == f"{found['dose']:+.2f}"
     assert table[-1].endswith("all 5 (1 cut, 1 skipped)")
 
@@ -335,7 +336,7 @@ def test_generate_at_strength_0_is_the_teacher(generate: Callable[..., Done], ti
     [
         (["--strength", "-1"], ["strength=-1.0: give nats from 0"]),
         (["--strength", "nan"], ["strength=nan"]),
-        (["--strength", "strong"], ["--strength", "'strong'"]),
+        (["--strength", "strong"], ["--strength", "strong: give a number of nats, or calibrated"]),
         (["--guard", "1.5"], ["guard=1.5: give a share"]),
         (["--guard", "-0.1"], ["guard=-0.1"]),
         (["--guard", "nan"], ["guard=nan"]),
@@ -419,7 +420,7 @@ def test_help_shows_an_example(verb: str, run: Run) -> None:
 def test_help_lists_every_verb(run: Run) -> None:
     done = run("--help")
     assert done.status == 0
-    assert all(f"\n    {verb} " in done.out for verb in VERBS)
+    assert all(f"\n    {verb}" in done.out for verb in VERBS)
 
 
 def test_version(run: Run) -> None:
@@ -484,7 +485,9 @@ def test_the_runtime_needs_no_part_of_the_converter(tmp_path: Path, tiny_bundle:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "terminated"])
 def test_an_interrupted_conversion_leaves_nothing(how: signal.Signals, tiny_llama: Path, out: Path) -> None:
-    traces = lines_of(out.parent.parent / "t.jsonl", *[{"prompt": "1 +", "completion": " 2" * 100}] * 800)
+    traces = lines_of(
+        out.parent.parent / "t.jsonl", *[{"prompt": f"{i} +", "completion": " 2" * 100} for i in range(800)]
+    )
     process = command("convert", tiny_llama, "--traces", traces, "--out", out, "-t", 1)
     assert process.stderr is not None
     seen = ""

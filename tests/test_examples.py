@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 import tiny
-from adlocal_convert.convert import Options, convert
+from adlocal_convert.convert import convert
+from adlocal_convert.options import Options
 from conftest import ROOT
 
 from adlocal import ProxyError
@@ -175,7 +176,8 @@ def readable_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def readable_bundle(readable_llama: Path, tiny_traces: Path) -> Path:
     """A bundle of it."""
     out = readable_llama.with_name("bundle")
-    convert(Options(readable_llama, tiny_traces, out, carriers=1.0, n_threads=1), lambda line: None)
+    options = Options(str(readable_llama), {"traces": tiny_traces}, out, carriers=1.0, n_threads=1)
+    convert(options, lambda line: None)
     return out
 
 

@@ -5,19 +5,31 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from adlocal_convert.fidelity import TOP_K, Fidelity, Reference, delta_scale, sweep
-from adlocal_convert.gradient import Gradient, directional_derivative
-from adlocal_convert.perturb import Selection, write_half
+from adlocal_convert.direction import Mixture
+from adlocal_convert.fidelity import (
+    TOP_K,
+    Fidelity,
+    Reference,
+    check_agreement,
+    delta_scale,
+    first_epsilon,
+    sweep,
+)
+from adlocal_convert.gradient import Settings, compute_gradient
+from adlocal_convert.loss import directional_derivative
+from adlocal_convert.perturb import load_carriers, write_half
+from adlocal_convert.presets import wide_type
 from adlocal_convert.proxy import Proxy
 
 from adlocal.bundle import MINUS_NAME, PLUS_NAME, Bundle
+from adlocal.errors import ConversionError
 from adlocal.pair import ProxyPair, context_params
 from adlocal.traces import EncodedTrace
 
@@ -30,7 +42,7 @@ class FakePair:
 
     def __init__(self, middle: Rows, slope: Rows, epsilon: float) -> None:
         self.plus, self.minus = middle + epsilon * slope, middle - epsilon * slope
-        self.bundle = SimpleNamespace(epsilon=epsilon)
+        self.epsilon = epsilon
 
     def logits(self, tokens: Sequence[int]) -> Iterator[tuple[Rows, Rows]]:
         for i in range(0, len(tokens), 3):
@@ -57,8 +69,13 @@ def known() -> tuple[EncodedTrace, Rows, Rows]:
 def reference(trace: EncodedTrace, middle: Rows, slope: Rows) -> Reference:
     at = [i - 1 for i, counts in enumerate(trace.targets) if counts]
     top = np.argsort(middle[at], axis=1)[:, -TOP_K:]
-    derivative = np.take_along_axis(slope[at], top, axis=1)
-    return Reference(trace, top, derivative - derivative.mean(axis=1, keepdims=True))
+    logits, derivative = (np.take_along_axis(values[at], top, axis=1) for values in (middle, slope))
+    return Reference(
+        trace,
+        top,
+        logits - logits.mean(axis=1, keepdims=True),
+        derivative - derivative.mean(axis=1, keepdims=True),
+    )
 
 
 def test_logits_that_are_exactly_linear_are_faithful(known: tuple[EncodedTrace, Rows, Rows]) -> None:
@@ -176,27 +193,51 @@ def test_delta_scale_without_any_choice_is_zero(known: tuple[EncodedTrace, Rows,
     assert delta_scale(fake(middle, slope, 1e-3), [reference(trace, middle, slope)], 0.05) == 0
 
 
+def test_logits_of_another_model_are_refused(known: tuple[EncodedTrace, Rows, Rows]) -> None:
+    """The pair's middle is the base, whatever the slope and whatever is added to all logits of a position."""
+    trace, middle, slope = known
+    exact = [reference(trace, middle, slope)]
+    check_agreement(fake(middle + np.arange(19)[:, None], slope), exact)
+    noise = np.random.default_rng(3).normal(size=middle.shape)
+    check_agreement(fake(middle + 0.01 * noise, slope), exact)
+    for other in (noise, np.nan * middle):
+        with pytest.raises(ConversionError, match=r"agree only to a cosine of -?0\.\d{3}: "):
+            check_agreement(fake(other, slope), exact)
+
+
+def test_the_first_epsilon_moves_a_typical_logit_by_one_nat(known: tuple[EncodedTrace, Rows, Rows]) -> None:
+    trace, middle, slope = known
+    one, two = reference(trace, middle, slope), reference(trace, middle, 3 * slope)
+    moved = first_epsilon([one, two]) * np.concatenate([one.derivative, two.derivative])
+    assert np.sqrt(np.mean(moved**2)) == pytest.approx(1, rel=1e-6)
+    with pytest.raises(ConversionError, match="the exact derivative is zero on every held-out trace"):
+        first_epsilon([reference(trace, middle, 0 * slope)])
+
+
 @pytest.fixture(scope="module")
 def through_llama_cpp(
     tiny_llama: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Proxy, Gradient, Callable[[float], ProxyPair]]:
-    """The tiny proxy, a gradient, and pairs of F32 files with every tensor a carrier."""
+) -> tuple[Proxy, Mixture, Callable[[float], ProxyPair]]:
+    """The tiny proxy, the direction of a gradient, and pairs of F32 files with every tensor a carrier."""
     torch.set_num_threads(1)
     proxy, directory = Proxy(tiny_llama), tmp_path_factory.mktemp("pairs")
     rng = np.random.default_rng(3)
     traces = [EncodedTrace("t", rng.integers(0, 256, 24).tolist(), [i > 7 for i in range(24)]) for _ in range(3)]
-    gradient = Gradient.of(proxy.model, traces, lambda loss: None)
-    selection, bundle = Selection.of(proxy, gradient, 1.0), Bundle.open(tiny_bundle)
+    names = [t.name for t in proxy.tensors]
+    path = directory / "gradient.safetensors"
+    gradient = compute_gradient(proxy, traces, names, path, Settings(), lambda n, loss: None)
+    direction, bundle = Mixture.of([gradient], [1.0], names), Bundle.open(tiny_bundle)
+    carriers = load_carriers(proxy, direction, {t.name: wide_type(t) for t in proxy.tensors})
 
     def pair(epsilon: float) -> ProxyPair:
         plus, minus = directory / PLUS_NAME, directory / MINUS_NAME
         for path, step in ((plus, epsilon), (minus, -epsilon)):
-            write_half(path, proxy.reader, selection.carriers, step, [])
+            write_half(path, gguf.GGUFReader(proxy.path), carriers, step, [])
         return ProxyPair.load(
             plus, minus, dataclasses.replace(bundle, epsilon=epsilon), context_params(n_ctx=64, n_threads=1)
         )
 
-    return proxy, gradient, pair
+    return proxy, direction, pair
 
 
 def held_out() -> EncodedTrace:
@@ -205,13 +246,14 @@ def held_out() -> EncodedTrace:
 
 
 def test_delta_through_llama_cpp_follows_the_exact_derivative(
-    through_llama_cpp: tuple[Proxy, Gradient, Callable[[float], ProxyPair]],
+    through_llama_cpp: tuple[Proxy, Mixture, Callable[[float], ProxyPair]],
 ) -> None:
     """F32 weights in the linear range: 1 but for ε² and llama.cpp's F16 KV cache (measured: 0.9999, slope 0.996)."""
-    proxy, gradient, open_pair = through_llama_cpp
-    exact = Reference.of(proxy, gradient, held_out())
+    proxy, direction, open_pair = through_llama_cpp
+    exact = Reference.of(proxy, direction, held_out())
     with open_pair(0.1) as pair:
         found = Fidelity.measure(pair, [exact])
+        check_agreement(pair, [exact])
     assert found.n_positions == held_out().n_targets
     assert found.median > 0.999
     assert found.p10 > 0.999
@@ -219,12 +261,11 @@ def test_delta_through_llama_cpp_follows_the_exact_derivative(
 
 
 def test_every_logit_moves_by_its_derivative(
-    through_llama_cpp: tuple[Proxy, Gradient, Callable[[float], ProxyPair]],
+    through_llama_cpp: tuple[Proxy, Mixture, Callable[[float], ProxyPair]],
 ) -> None:
     """Not only those of the top tokens: Δ itself, uncentred; 1% of its size was measured."""
-    proxy, gradient, open_pair = through_llama_cpp
-    direction = {name: value / gradient.norm for name, value in gradient.values.items()}
-    _, derivative = directional_derivative(proxy.model, direction, held_out())
+    proxy, direction, open_pair = through_llama_cpp
+    _, derivative = directional_derivative(proxy, direction, held_out())
     at = [i - 1 for i, counts in enumerate(held_out().targets) if counts]
     with open_pair(0.1) as pair:
         delta = pair.delta(held_out().tokens[:-1])[at]
@@ -232,16 +273,16 @@ def test_every_logit_moves_by_its_derivative(
     assert np.linalg.norm(delta - exact) < 0.03 * np.linalg.norm(exact)
 
 
-def test_reference_has_the_proxys_top_tokens_and_their_centred_derivative(
-    through_llama_cpp: tuple[Proxy, Gradient, Callable[[float], ProxyPair]],
+def test_reference_has_the_proxys_top_tokens_with_centred_logits_and_derivative(
+    through_llama_cpp: tuple[Proxy, Mixture, Callable[[float], ProxyPair]],
 ) -> None:
-    proxy, gradient, _ = through_llama_cpp
-    found = Reference.of(proxy, gradient, held_out())
-    direction = {name: value / gradient.norm for name, value in gradient.values.items()}
-    values, derivative = (t.numpy() for t in directional_derivative(proxy.model, direction, held_out()))
-    for i, (ids, row) in enumerate(zip(found.top, found.derivative, strict=True)):
+    proxy, direction, _ = through_llama_cpp
+    found = Reference.of(proxy, direction, held_out())
+    values, derivative = (t.numpy() for t in directional_derivative(proxy, direction, held_out()))
+    for i, ids in enumerate(found.top):
         assert set(ids) == set(np.argsort(values[i])[-TOP_K:])
-        np.testing.assert_allclose(row, derivative[i][ids] - derivative[i][ids].mean(), atol=1e-5)
+        for rows, full in ((found.logits, values), (found.derivative, derivative)):
+            np.testing.assert_allclose(rows[i], full[i][ids] - full[i][ids].mean(), atol=1e-5)
 
 
 def test_a_tiny_bundle_says_that_it_is_faithful(tiny_bundle: Path) -> None:

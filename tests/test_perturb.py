@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from adlocal_convert.convert import Options, convert
-from adlocal_convert.gradient import Gradient
-from adlocal_convert.perturb import Selection, bundle_id, move_carriers, write_half
+from adlocal_convert.convert import convert
+from adlocal_convert.direction import Mixture
+from adlocal_convert.gain import Gain
+from adlocal_convert.options import Options
+from adlocal_convert.perturb import Carrier, bundle_id, carriers_sha256, load_carriers, move_carriers, write_half
+from adlocal_convert.presets import QUALITIES, carrier_types
 from adlocal_convert.proxy import Proxy
 from adlocal_convert.quantize import quantize
+from directions import Given, mixture_of, random_values
 
 from adlocal._gguf import GGUFHeader
 from adlocal.bundle import MINUS_NAME, PLUS_NAME, Bundle
@@ -37,72 +41,44 @@ def proxy(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path_factory: py
     return Proxy(path)
 
 
-def known_gradient(proxy: Proxy, seed: int = 0) -> Gradient:
-    """Random, each tensor of another size."""
-    generator = torch.Generator().manual_seed(seed)
-    values = {
-        t.parameter: torch.randn(proxy.model.get_parameter(t.parameter).shape, generator=generator) * (1 + i * 5 % 7)
-        for i, t in enumerate(proxy.tensors)
-    }
-    norm = float(sum(v.double().square().sum() for v in values.values()) ** 0.5)
-    return Gradient(values, loss=1.0, norm=norm)
+@pytest.fixture(scope="module")
+def direction(proxy: Proxy, tmp_path_factory: pytest.TempPathFactory) -> Mixture:
+    """ĝ of a random gradient."""
+    return mixture_of(random_values(proxy.tensors), tmp_path_factory.mktemp("gradient") / "g.safetensors")
+
+
+def chosen(proxy: Proxy, fraction: float) -> dict[str, gguf.GGMLQuantizationType]:
+    """Carriers that the share allows, where nothing speaks for one tensor over another but its size."""
+    gain = Gain(slope={t.name: 1 / len(proxy.tensors) for t in proxy.tensors})
+    return carrier_types(proxy.tensors, gain, QUALITIES["small"], fraction, proxy.path.stat().st_size)
+
+
+def loaded(proxy: Proxy, direction: Mixture, fraction: float) -> list[Carrier]:
+    return load_carriers(proxy, direction, chosen(proxy, fraction))
 
 
 def tensors(path: Path) -> dict[str, Any]:
     return {t.name: t for t in gguf.GGUFReader(path).tensors}
 
 
-def expected_carriers(proxy: Proxy, gradient: Gradient, fraction: float) -> set[str]:
-    """By the words of the design: norms and biases, and of the matrices the most energy per byte that still fits.
-
-    The bytes are those that the carrier takes in the file: 4 a weight where the base has 8 bits of exponent, else 2.
-    """
-    per_byte = {}
-    for name, stored in tensors(proxy.path).items():
-        value = gradient.values[next(t.parameter for t in proxy.tensors if t.name == name)]
-        wide = stored.tensor_type.name in ("F32", "BF16")
-        per_byte[name] = float((value.double() ** 2).sum()) / (value.numel() * (4 if wide else 2))
-    sizes = {name: int(np.prod(t.shape)) for name, t in tensors(proxy.path).items() if len(t.shape) > 1}
-    chosen, left = set(tensors(proxy.path)) - set(sizes), fraction * sum(sizes.values())
-    while fitting := [name for name in sizes.keys() - chosen if sizes[name] <= left]:
-        best = max(fitting, key=lambda name: per_byte[name])
-        chosen.add(best)
-        left -= sizes[best]
-    return chosen
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_carriers_are_those_named_in_file_order(proxy: Proxy, direction: Mixture, fraction: float) -> None:
+    types, carriers = chosen(proxy, fraction), loaded(proxy, direction, fraction)
+    names = [c.name for c in carriers]
+    assert set(names) == set(types)
+    assert names == [t.name for t in gguf.GGUFReader(proxy.path).tensors if t.name in names]
+    assert [c.ggml_type for c in carriers] == [types[name] for name in names]
+    assert set(names) >= {t.name for t in proxy.tensors if not t.is_linear}
+    for carrier in carriers:
+        np.testing.assert_array_equal(carrier.direction, direction.get(carrier.name))
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.03, 0.1, 0.33, 0.5, 0.9, 1.0])
-def test_carriers_have_the_most_energy_per_byte_within_their_share(proxy: Proxy, fraction: float) -> None:
-    for seed in range(3):
-        gradient = known_gradient(proxy, seed)
-        found = Selection.of(proxy, gradient, fraction)
-        names = [c.name for c in found.carriers]
-        assert set(names) == expected_carriers(proxy, gradient, fraction)
-        assert names == [t.name for t in proxy.reader.tensors if t.name in names], "in file order"
-        linear = {t.name: t.n_weights for t in proxy.tensors if t.is_linear}
-        share = sum(linear[name] for name in names if name in linear) / sum(linear.values())
-        assert found.fraction == pytest.approx(share, rel=1e-12)
-        assert found.fraction <= fraction
-
-
-def test_no_share_leaves_norms_and_a_whole_one_takes_everything(proxy: Proxy) -> None:
-    gradient = known_gradient(proxy)
-    none, whole = Selection.of(proxy, gradient, 0.0), Selection.of(proxy, gradient, 1.0)
-    assert {c.name for c in none.carriers} == {t.name for t in proxy.tensors if not t.is_linear}
-    assert none.fraction == 0
-    assert 0 < none.energy < 1
-    assert len(whole.carriers) == len(proxy.tensors)
-    assert whole.fraction == 1
-    assert whole.energy == pytest.approx(1, rel=1e-6)  # the sum of squares that the norm is made of
-
-
-def test_energy_is_the_carriers_share_of_the_gradient(proxy: Proxy) -> None:
-    gradient = known_gradient(proxy)
-    found = Selection.of(proxy, gradient, 0.3)
-    parameters = {t.name: t.parameter for t in proxy.tensors}
-    inside = sum(float((gradient.values[parameters[c.name]].double() ** 2).sum()) for c in found.carriers)
-    total = sum(float((v.double() ** 2).sum()) for v in gradient.values.values())
-    assert found.energy == pytest.approx(inside / total, rel=1e-9)
+def test_the_energy_of_a_tensor_is_its_share_of_the_gradient(proxy: Proxy, direction: Mixture) -> None:
+    values = random_values(proxy.tensors)
+    total = sum(float((v.double() ** 2).sum()) for v in values.values())
+    assert direction.norm == pytest.approx(total**0.5, rel=1e-9)
+    for name, value in values.items():
+        assert direction.energy(name) == pytest.approx(float((value.double() ** 2).sum()) / total, rel=1e-9)
 
 
 def metadata(values: dict[str, tuple[Any, str]]) -> Iterable[tuple[str, Any, str]]:
@@ -118,11 +94,10 @@ def raw_keys(path: Path) -> dict[str, tuple[Any, bytes]]:
     return {f.name: (f.types, b"".join(p.tobytes() for p in f.parts)) for f in fields if not f.name.startswith("GGUF.")}
 
 
-def test_keys_of_the_base_are_kept_with_type_and_value(proxy: Proxy, tmp_path: Path) -> None:
+def test_keys_of_the_base_are_kept_with_type_and_value(proxy: Proxy, direction: Mixture, tmp_path: Path) -> None:
     """Byte for byte, the tokenizer's arrays included; only the bundle's own keys are new."""
-    selection = Selection.of(proxy, known_gradient(proxy), 0.3)
     half = tmp_path / "half.gguf"
-    write_half(half, proxy.reader, selection.carriers, EPSILON, metadata(EXTRA))
+    write_half(half, gguf.GGUFReader(proxy.path), loaded(proxy, direction, 0.3), EPSILON, metadata(EXTRA))
     base, found = raw_keys(proxy.path), raw_keys(half)
     assert "tokenizer.ggml.tokens" in base
     assert {key: found[key] for key in base} == base
@@ -196,17 +171,18 @@ def test_an_empty_array_is_kept(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
-def test_bulk_is_the_bases_and_carriers_are_moved_both_ways(proxy: Proxy, fraction: float, tmp_path: Path) -> None:
+def test_bulk_is_the_bases_and_carriers_are_moved_both_ways(
+    proxy: Proxy, direction: Mixture, fraction: float, tmp_path: Path
+) -> None:
     """Oracle: θ ± εĝ in float64, from the file's own weights. The bound is that of four roundings to float32 (of ĝ, ε,
     the product and the sum) and, for F16, of one more to 11 bits or, under its least normal number, to 2⁻²⁴."""
-    gradient = known_gradient(proxy)
-    selection = Selection.of(proxy, gradient, fraction)
-    base = tensors(proxy.path)
-    parameters = {t.name: t for t in proxy.tensors}
-    moved = {c.name for c in selection.carriers}
+    values, base = random_values(proxy.tensors), tensors(proxy.path)
+    norm = sum(float((v.double() ** 2).sum()) for v in values.values()) ** 0.5
+    carriers = loaded(proxy, direction, fraction)
+    moved = {c.name for c in carriers}
     for sign in (1, -1):
         half = tmp_path / f"{sign}.gguf"
-        write_half(half, proxy.reader, selection.carriers, sign * EPSILON, [])
+        write_half(half, gguf.GGUFReader(proxy.path), carriers, sign * EPSILON, [])
         found = tensors(half)
         assert list(found) == list(base)
         for name, stored in found.items():
@@ -217,10 +193,9 @@ def test_bulk_is_the_bases_and_carriers_are_moved_both_ways(proxy: Proxy, fracti
                 continue
             narrow = stored.data.ndim > 1 and base[name].tensor_type.name not in ("F32", "BF16")
             assert stored.tensor_type == (F16 if narrow else F32)
-            tensor = parameters[name]
             weights = gguf.dequantize(base[name].data, base[name].tensor_type).astype(np.float64)
-            direction = tensor.to_gguf(gradient.values[tensor.parameter]).astype(np.float64) / gradient.norm
-            expected, room = weights + sign * EPSILON * direction, np.abs(weights) + EPSILON * np.abs(direction)
+            step = EPSILON * values[name].double().numpy() / norm
+            expected, room = weights + sign * step, np.abs(weights) + np.abs(step)
             bound = 4 * 2.0**-24 * room + (2.0**-11 * np.abs(expected) + 2.0**-25 if narrow else 0)
             assert np.all(np.abs(stored.data - expected) <= bound)
             assert not np.array_equal(stored.data, weights)
@@ -228,27 +203,27 @@ def test_bulk_is_the_bases_and_carriers_are_moved_both_ways(proxy: Proxy, fracti
 
 def test_a_half_is_for_its_owner_alone(proxy: Proxy, tmp_path: Path) -> None:
     half = tmp_path / "half.gguf"
-    write_half(half, proxy.reader, [], 0.0, [])
+    write_half(half, gguf.GGUFReader(proxy.path), [], 0.0, [])
     assert stat.S_IMODE(half.stat().st_mode) == 0o600
 
 
-def test_moving_carriers_equals_writing_afresh(proxy: Proxy, tmp_path: Path) -> None:
-    selection = Selection.of(proxy, known_gradient(proxy), 0.3)
+def test_moving_carriers_equals_writing_afresh(proxy: Proxy, direction: Mixture, tmp_path: Path) -> None:
+    carriers = loaded(proxy, direction, 0.3)
     moved, fresh = tmp_path / "moved.gguf", tmp_path / "fresh.gguf"
-    write_half(moved, proxy.reader, selection.carriers, 0.0, [])
+    write_half(moved, gguf.GGUFReader(proxy.path), carriers, 0.0, [])
     for step in (5.0, -EPSILON):
-        move_carriers(moved, selection.carriers, step)
-    write_half(fresh, proxy.reader, selection.carriers, -EPSILON, [])
+        move_carriers(moved, carriers, step)
+    write_half(fresh, gguf.GGUFReader(proxy.path), carriers, -EPSILON, [])
     assert moved.read_bytes() == fresh.read_bytes()
 
 
-def test_the_hash_is_of_the_carriers_bytes_in_the_file(proxy: Proxy, tmp_path: Path) -> None:
-    selection = Selection.of(proxy, known_gradient(proxy), 0.3)
+def test_the_hash_is_of_the_carriers_bytes_in_the_file(proxy: Proxy, direction: Mixture, tmp_path: Path) -> None:
+    carriers = loaded(proxy, direction, 0.3)
     half = tmp_path / "half.gguf"
-    write_half(half, proxy.reader, selection.carriers, EPSILON, [])
-    names = {c.name for c in selection.carriers}
+    write_half(half, gguf.GGUFReader(proxy.path), carriers, EPSILON, [])
+    names = {c.name for c in carriers}
     data = b"".join(t.data.tobytes() for t in gguf.GGUFReader(half).tensors if t.name in names)
-    assert selection.sha256(EPSILON) == hashlib.sha256(data).hexdigest()
+    assert carriers_sha256(carriers, EPSILON) == hashlib.sha256(data).hexdigest()
 
 
 def test_weights_beyond_f16_are_refused_as_carriers(tmp_path: Path) -> None:
@@ -257,25 +232,31 @@ def test_weights_beyond_f16_are_refused_as_carriers(tmp_path: Path) -> None:
         model.lm_head.weight[0, 0] = 40_000
     quantize(tiny.write_gguf(model, tmp_path / "f32.gguf"), tmp_path / "f16.gguf", "F16", 1)
     proxy = Proxy(tmp_path / "f16.gguf")
+    direction = Given(random_values(proxy.tensors))
     with pytest.raises(ConversionError, match=r"output\.weight has weights too large for F16 carriers"):
-        Selection.of(proxy, known_gradient(proxy), 1.0)
+        load_carriers(proxy, direction, chosen(proxy, 1.0))
     proxy = Proxy(tmp_path / "f32.gguf")
-    assert Selection.of(proxy, known_gradient(proxy), 1.0).fraction == 1
+    assert len(load_carriers(proxy, direction, chosen(proxy, 1.0))) == len(proxy.tensors)
 
 
 def test_the_same_conversion_twice_gives_the_same_bundle(
-    tiny_llama: Path, tiny_traces: Path, tiny_bundle: Path, tmp_path: Path
+    tiny_llama: Path, tiny_traces: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    again = convert(Options(tiny_llama, tiny_traces, tmp_path / "b", carriers=1.0, n_threads=1), lambda line: None)
+    """The gradient computed anew, too."""
+    monkeypatch.setenv("ADLOCAL_CACHE", str(tmp_path / "cache"))
+    options = Options(str(tiny_llama), {"traces": tiny_traces}, tmp_path / "b", carriers=1.0, n_threads=1)
+    again = convert(options, lambda line: None)
     assert again == Bundle.open(tiny_bundle)
     assert again.id == bundle_id(again)
     for name in (PLUS_NAME, MINUS_NAME):
         assert (tmp_path / "b" / name).read_bytes() == (tiny_bundle / name).read_bytes()
 
 
-@pytest.mark.parametrize("field", ["base_sha256", "traces_sha256", "epsilon", "plus_sha256", "minus_sha256"])
+@pytest.mark.parametrize(
+    "field", ["base_sha256", "capability_sha256", "capability_weights", "epsilon", "carriers_sha256"]
+)
 def test_the_id_follows_from_what_the_bundle_is_made_of(field: str, tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
-    other: Any = 0.123 if field == "epsilon" else "0" * 64
+    other: Any = {"epsilon": 0.123, "base_sha256": "0" * 64, "capability_weights": [0.5]}.get(field, ["0" * 64])
     assert bundle_id(dataclasses.replace(bundle, **{field: other})) != bundle.id
     assert bundle_id(dataclasses.replace(bundle, forced=True)) == bundle.id

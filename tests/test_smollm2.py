@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from conftest import GSM8K
 
-from adlocal.bundle import MINUS_NAME, PLUS_NAME, Bundle, verify
+from adlocal.bundle import MINUS_NAME, PLUS_NAME, Bundle
+from adlocal.verify import verify
 
 pytestmark = pytest.mark.real
 
@@ -21,14 +22,14 @@ def test_fidelity(smollm2_bundle: Path) -> None:
     assert bundle.fidelity_median == max(bundle.sweep_median)
     assert bundle.fidelity_positions > 200
     if not GSM8K.exists():
-        pytest.skip("the bar of 0.96 is for GSM8K's solutions, which are not here")
+        pytest.skip("the bar of 0.98 is for GSM8K's solutions, which are not here")
     assert bundle.gradient_traces == 92
-    assert bundle.fidelity_median >= 0.96
+    assert bundle.fidelity_median >= 0.98
 
 
 def test_size(smollm2: Path, smollm2_bundle: Path) -> None:
     for name in (PLUS_NAME, MINUS_NAME):
-        assert (smollm2_bundle / name).stat().st_size <= 1.12 * smollm2.stat().st_size
+        assert (smollm2_bundle / name).stat().st_size <= 1.25 * smollm2.stat().st_size
 
 
 def test_bulk_is_the_bases_and_every_key_is_kept(smollm2: Path, smollm2_bundle: Path) -> None:

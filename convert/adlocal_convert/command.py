@@ -9,22 +9,33 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from adlocal.bundle import MINUS_NAME, PLUS_NAME
+from adlocal.bundle import NAMES
 from adlocal.inspect import as_json
 
-from .convert import Options, convert
+from .capabilities import parse_traces
+from .convert import convert
+from .options import Options
 
 
 def run(args: argparse.Namespace) -> None:
     """Converts, reporting to stderr; with --json the bundle's metadata go to stdout."""
     options = Options(
         proxy=args.proxy,
-        traces=args.traces,
+        traces=parse_traces(args.traces),
         out=args.out,
+        teacher=args.teacher,
+        mix=args.mix,
         quant=args.quant,
+        format=args.format,
+        quality=args.quality,
         carriers=args.carriers,
+        rank=args.rank,
+        params=args.params,
         eps=args.eps,
         raw=args.raw,
+        low_memory=args.low_memory,
+        batch_size=args.batch_size,
+        device=args.device,
         n_ctx=args.ctx_size,
         n_threads=args.threads,
         n_gpu_layers=args.gpu_layers,
@@ -33,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     )
     bundle = convert(options, say)
     if args.json:
-        sizes = {name: (Path(args.out) / name).stat().st_size for name in (PLUS_NAME, MINUS_NAME)}
+        sizes = {name: (Path(args.out) / name).stat().st_size for name in NAMES[bundle.format]}
         print(json.dumps(as_json(bundle, sizes)))
 
 

@@ -2,79 +2,44 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import adlocal
+from adlocal import _native
 from adlocal._gguf import GGUFHeader
-from adlocal.bundle import DEFAULT_GUARD, FORMAT_VERSION, MINUS_NAME, PLUS_NAME, Bundle
+from adlocal.bundle import ADAPTER, DEFAULT_GUARD, FORMAT_VERSION, Bundle
 from adlocal.errors import ConversionError, InputError, ModelError
-from adlocal.pair import ProxyPair, context_params
-from adlocal.traces import EncodedTrace, TraceEncoder, encode_all, open_vocabulary, read_traces, sha256
+from adlocal.pair import context_params
+from adlocal.traces import TraceEncoder, open_vocabulary, sha256
 
-from .fidelity import TOP_K, Fidelity, Reference, delta_scale, sweep
-from .gradient import Gradient
-from .perturb import Selection, bundle_id, move_carriers, write_half
-from .proxy import Proxy, check_architecture
+from .architectures import architecture_of
+from .capabilities import Capability, cache_directory
+from .direction import Mixture, parse_mix
+from .fidelity import TOP_K, Fidelity, Reference, check_agreement, delta_scale, first_epsilon, sweep
+from .gain import Gain, Rounding
+from .gradient import Settings
+from .inputs import resolve
+from .lowrank import factorize
+from .options import Options, checked
+from .perturb import bundle_id
+from .presets import QUALITIES, carrier_types, wide_base
+from .proxy import TABLE, Proxy
 from .quantize import quantize
+from .staging import publish, staging_directory
+from .trial import Adapter, Backend, Halves, Trial
+from .weights import Tensor
 
-LEAST_FIDELITY = 0.90
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `adlocal convert` takes.
-
-    Attributes:
-        proxy: GGUF of the proxy student.
-        traces: JSON lines; the last few are held out to measure fidelity.
-        out: directory of the bundle.
-        quant: llama.cpp type to requantize the proxy to first, or None.
-        carriers: largest share of the linear weights that carry the perturbation.
-        eps: step along ĝ, or None to sweep.
-        raw: concatenate string pairs instead of using the chat template.
-        n_ctx: longest trace in tokens; longer ones are cut.
-        n_threads: for PyTorch and llama.cpp.
-        n_gpu_layers: for llama.cpp, while it measures fidelity.
-        force: write a bundle whose fidelity is under LEAST_FIDELITY.
-        overwrite: replace a bundle that lies in `out`.
-    """
-
-    proxy: Path
-    traces: Path
-    out: Path
-    quant: str | None = None
-    carriers: float = 0.05
-    eps: float | None = None
-    raw: bool = False
-    n_ctx: int = 2048
-    n_threads: int = os.cpu_count() or 1
-    n_gpu_layers: int = 0
-    force: bool = False
-    overwrite: bool = False
+Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Traces:
-    """Encoded traces, split: `learned` give the gradient, `held_out` measure fidelity and delta_scale."""
-
-    learned: list[EncodedTrace]
-    held_out: list[EncodedTrace]
-    n_cut: int
-    n_skipped: int
-
-
-def convert(options: Options, say: Callable[[str], None]) -> Bundle:
+def convert(options: Options, say: Say) -> Bundle:
     """Writes a bundle to `options.out` and returns what it says of itself.
 
     Args:
@@ -85,15 +50,17 @@ def convert(options: Options, say: Callable[[str], None]) -> Bundle:
         InputError: proxy, traces or an option cannot be used.
         ConversionError: gradient or fidelity are no good, or the bundle cannot be written. Nothing is left behind.
     """
-    _check(options)
+    options = checked(options)
     torch.set_num_threads(options.n_threads)
-    traces = _encode(options)
-    say(_describe(traces))
     try:
-        with _staging(options.out) as staging:
+        with staging_directory(options.out) as staging:
             base = _base(options, staging, say)
-            bundle = _build(base, traces, options, staging, say)
-            _publish(staging, options.out)
+            capabilities = _capabilities(base, options)
+            for capability in capabilities:
+                say(capability.report)
+            with closing(_open(base, options)) as proxy:
+                bundle = _Conversion(options, proxy, capabilities, staging, say).run()
+            publish(staging, options.out, bundle.format)
     except OSError as error:
         reason = error.strerror or f"{error}; is the disk full?"  # numpy's short writes carry no reason
         raise ConversionError(f"cannot write the bundle to {options.out}: {reason}") from None
@@ -101,211 +68,242 @@ def convert(options: Options, say: Callable[[str], None]) -> Bundle:
     return bundle
 
 
-def _build(base: Path, traces: Traces, options: Options, staging: Path, say: Callable[[str], None]) -> Bundle:
-    with tqdm(total=3, desc=f"reading {base.name}", unit="step") as bar:
-        proxy = Proxy(base, bar.update)
-    with tqdm(total=len(traces.learned), desc="gradient", unit="trace") as bar:
-        gradient = Gradient.of(proxy.model, traces.learned, _counting(bar, "loss"))
-    say(f"loss {gradient.loss:.4f} nats a token, ‖g‖ = {gradient.norm:.4f}")
-    selection = Selection.of(proxy, gradient, options.carriers)
-    say(
-        f"carriers: {len(selection.carriers)} tensors with {selection.fraction:.1%} of the linear weights "
-        f"and {selection.energy:.0%} of ‖g‖²"
-    )
-    references = [
-        Reference.of(proxy, gradient, t) for t in tqdm(traces.held_out, desc="exact derivative", unit="trace")
-    ]
-    provisional = _provisional(base, gradient, selection, traces, options)
-    measured, scales = _sweep(provisional, proxy, selection, references, options, staging, say)
-    best = max(measured, key=lambda fidelity: fidelity.median)
-    _check_fidelity(best, options)
-    bundle = _final(provisional, best, scales[best.epsilon], measured, selection)
-    for name, sign in ((PLUS_NAME, 1), (MINUS_NAME, -1)):
-        write_half(staging / name, proxy.reader, selection.carriers, sign * best.epsilon, bundle.metadata(sign))
-    Bundle.open(staging)
-    return bundle
+class _Conversion:
+    """The stages between a proxy and its bundle's files in `staging`."""
+
+    def __init__(
+        self, options: Options, proxy: Proxy, capabilities: Sequence[Capability], staging: Path, say: Say
+    ) -> None:
+        self.options, self.proxy, self.capabilities, self.staging, self.say = options, proxy, capabilities, staging, say
+        self.base_sha256 = sha256(proxy.path)
+        self.selection, self.excluded = select(proxy, str(options.params), options.format)
+
+    def run(self) -> Bundle:
+        direction = self._direction()
+        rounding = Rounding()
+        traces = [t for c in self.capabilities for t in c.held_out]
+        references = [
+            Reference.of(self.proxy, direction, t, None if i else rounding)
+            for i, t in enumerate(tqdm(traces, desc="exact derivative", unit="trace"))
+        ]
+        provisional = self._provisional(direction)
+        with closing(self._trial(direction, references, rounding)) as trial:
+            self._describe(trial)
+            measured, scales = self._sweep(trial, provisional, references)
+            bundle = self._final(trial, provisional, measured, scales)
+            self.say(f"fidelity {bundle.fidelity_median:.4f} at ε = {bundle.epsilon:.4g}")
+            trial.write(self.staging, bundle)
+        Bundle.open(self.staging)
+        return bundle
+
+    def _direction(self) -> Mixture:
+        options, proxy = self.options, self.proxy
+        cache = cache_directory() / "gradients"
+        params = options.params or ""
+        names = [t.name for t in proxy.tensors if _selected(t, params)]
+        settings = Settings.low_memory() if options.low_memory else Settings(options.batch_size)
+        gradients = [c.gradient(proxy, self.base_sha256, params, names, cache, settings) for c in self.capabilities]
+        weights = parse_mix(options.mix, [c.name for c in self.capabilities])
+        chosen = [t.name for t in self.selection]
+        with tqdm(total=len(chosen), desc="norms", unit="tensor", delay=1) as bar:
+            mixture = Mixture.of(gradients, weights, chosen, bar.update)
+        for capability, norm, weight, gradient in zip(
+            self.capabilities, mixture.norms, mixture.weights, gradients, strict=True
+        ):
+            share = f", weight {weight:g}" if len(gradients) > 1 else ""
+            self.say(f"{capability.name}: loss {gradient.loss:.4f} nats a token, ‖g‖ = {norm:.4f}{share}")
+        return mixture
+
+    def _trial(self, direction: Mixture, references: Sequence[Reference], rounding: Rounding) -> Trial:
+        """The bundle that the options ask for, at no ε yet."""
+        options, proxy, preset = self.options, self.proxy, QUALITIES[self.options.quality]
+        longest = max(len(reference.trace.tokens) for reference in references)
+        backend = Backend(context_params(n_ctx=longest, n_threads=options.n_threads), options.n_gpu_layers)
+        if options.format == ADAPTER:
+            with tqdm(total=len(self.selection), desc="decomposing", unit="tensor") as bar:
+                parts = factorize(direction, self.selection, options.rank, preset.energy, bar.update)
+            return Adapter(proxy, parts, wide_base(proxy.tensors, preset), self.staging, backend)
+        with tqdm(total=1, desc="predicting gains", unit="trace", delay=1) as bar:
+            gain = Gain.of(proxy, direction, references[0], rounding, first_epsilon(references))
+            bar.update()
+        types = carrier_types(self.selection, gain, preset, options.carriers, proxy.path.stat().st_size)
+        return Halves(proxy, direction, types, self.staging, backend)
+
+    def _describe(self, trial: Trial) -> None:
+        """Says how large the bundle gets and what it carries, before it is measured."""
+        base = self.proxy.path.stat().st_size
+        sizes = " and ".join(f"{n / 1e6:.1f} MB ({n / base:.3f} of the base)" for n in trial.n_bytes())
+        rank = f", rank up to {trial.rank}" if trial.rank else ""
+        self.say(f"{trial.format} of {sizes}: {len(trial.names)} tensors{rank} carry {trial.energy:.1%} of ‖g‖²")
+        if self.excluded:
+            self.say(f"not carried: {', '.join(self.excluded)}, which is tied to the head; ‖g‖ is without it")
+
+    def _sweep(
+        self, trial: Trial, provisional: Bundle, references: Sequence[Reference]
+    ) -> tuple[list[Fidelity], dict[float, float]]:
+        """Fidelity and delta_scale of each ε tried, through llama.cpp on the backend that will run the pair."""
+        scales: dict[float, float] = {}
+
+        def measure(epsilon: float) -> Fidelity:
+            with trial.at(dataclasses.replace(provisional, epsilon=epsilon)) as pair:
+                fidelity = Fidelity.measure(pair, references)
+                scales[epsilon] = delta_scale(pair, references, DEFAULT_GUARD)
+            self.say(f"{epsilon:10.4g}  {fidelity.median:.4f}  {fidelity.p10:.4f}  {fidelity.slope:.3f}")
+            return fidelity
+
+        start = first_epsilon(references)
+        with trial.at(dataclasses.replace(provisional, epsilon=start / 1000)) as pair:  # as good as the base
+            check_agreement(pair, references[:1])
+        self.say("Δ through llama.cpp against the exact derivative:")
+        self.say("         ε  median  p10     slope")
+        steps = sweep(start, measure) if self.options.eps is None else iter([measure(self.options.eps)])
+        return list(tqdm(steps, desc="sweep", unit="ε")), scales
+
+    def _provisional(self, direction: Mixture) -> Bundle:
+        """The bundle's metadata with everything that is known before the trial; what is not is zero or empty."""
+        options, gradients = self.options, direction.gradients
+        return Bundle(
+            format_version=FORMAT_VERSION,
+            format=options.format,
+            id="",
+            converter=f"adlocal {adlocal.__version__}",
+            epsilon=1.0,
+            gradient_norm=direction.norm,
+            gradient_loss=direction.loss,
+            gradient_traces=sum(g.n_traces for g in gradients),
+            gradient_tokens=sum(g.n_tokens for g in gradients),
+            delta_scale=1.0,
+            guard=DEFAULT_GUARD,
+            capability_names=[c.name for c in self.capabilities],
+            capability_weights=list(direction.weights),
+            capability_norms=direction.norms,
+            capability_losses=[g.loss for g in gradients],
+            capability_traces=[g.n_traces for g in gradients],
+            capability_sha256=[c.sha256 for c in self.capabilities],
+            capability_cosines=[float(c) for c in direction.cosines.flat],
+            params=str(options.params),
+            params_excluded=self.excluded,
+            quality=options.quality if options.carriers is None and options.rank is None else "custom",
+            adapter_rank=0,
+            carriers=[],
+            carrier_fraction=0.0,
+            carrier_energy=0.0,
+            carriers_sha256=[],
+            fidelity_median=0.0,
+            fidelity_p10=0.0,
+            fidelity_slope=0.0,
+            fidelity_positions=0,
+            fidelity_top_k=TOP_K,
+            forced=False,
+            sweep_epsilon=[],
+            sweep_median=[],
+            sweep_p10=[],
+            sweep_slope=[],
+            base_sha256=self.base_sha256,
+            base_bytes=self.proxy.path.stat().st_size,
+        )
+
+    def _final(
+        self, trial: Trial, provisional: Bundle, measured: Sequence[Fidelity], scales: dict[float, float]
+    ) -> Bundle:
+        best = max(measured, key=lambda fidelity: fidelity.median)
+        least = QUALITIES[self.options.quality].least_fidelity
+        _check_fidelity(best, least, self.options)
+        if not scales[best.epsilon] > 0:
+            raise ConversionError("Δ is zero on every plausible token of the held-out traces; give other traces")
+        linear = {t.name: t.n_weights for t in self.proxy.tensors if t.is_linear}
+        ordered = sorted(measured, key=lambda fidelity: fidelity.epsilon)
+        bundle = dataclasses.replace(
+            provisional,
+            epsilon=best.epsilon,
+            delta_scale=scales[best.epsilon],
+            adapter_rank=trial.rank,
+            carriers=trial.names,
+            carrier_fraction=sum(linear.get(name, 0) for name in trial.names) / sum(linear.values()),
+            carrier_energy=trial.energy,
+            carriers_sha256=trial.sha256(best.epsilon),
+            fidelity_median=best.median,
+            fidelity_p10=best.p10,
+            fidelity_slope=best.slope,
+            fidelity_positions=best.n_positions,
+            forced=not best.median >= least,
+            sweep_epsilon=[f.epsilon for f in ordered],
+            sweep_median=[f.median for f in ordered],
+            sweep_p10=[f.p10 for f in ordered],
+            sweep_slope=[f.slope for f in ordered],
+        )
+        return dataclasses.replace(bundle, id=bundle_id(bundle))
 
 
-def _check(options: Options) -> None:
-    if not 0 <= options.carriers <= 1:
-        raise InputError(f"--carriers {options.carriers}: give a share of the linear weights, 0 to 1, for example 0.05")
-    if options.eps is not None and not (np.isfinite(options.eps) and options.eps > 0):
-        raise InputError(f"--eps {options.eps}: give a positive step, or auto")
-    if options.n_ctx < 2:
-        raise InputError(f"--ctx-size {options.n_ctx}: give at least 2 tokens")
-    if (options.out / PLUS_NAME).exists() and not options.overwrite:
-        raise InputError(f"{options.out} holds a bundle already; give another --out, or say --overwrite")
-    if options.out.exists() and not options.out.is_dir():
-        raise InputError(f"{options.out} is a file; give a directory for --out")
+def select(proxy: Proxy, params: str, kind: str) -> tuple[list[Tensor], list[str]]:
+    """The tensors that the direction is over, and the names of those among `params` that the format cannot carry.
+
+    llama.cpp's adapters hold no vectors, and in a tied model multiply with the table in one of its two places only.
+    """
+    selected = [t for t in proxy.tensors if _selected(t, params)]
+    if kind != ADAPTER:
+        return selected, []
+    excluded = [t.name for t in selected if proxy.is_tied and t.name == TABLE]
+    return [t for t in selected if t.name not in excluded], excluded
 
 
-def _encode(options: Options) -> Traces:
-    read = read_traces(options.traces)
-    header = GGUFHeader(options.proxy)
-    architecture = header.get("general.architecture", "none")
-    check_architecture(options.proxy, architecture)
+def _selected(tensor: Tensor, params: str) -> bool:
+    return params == "all" or tensor.is_linear == (params == "linear")
+
+
+def _base(options: Options, staging: Path, say: Say) -> Path:
+    """The GGUF that is differentiated."""
+    source = resolve(options.proxy, options.teacher, staging, say)
+    header = GGUFHeader(source)
+    architecture_of(source, header.get("general.architecture", "none"))
     if header.get("adlocal.format_version") is not None:
-        raise ModelError(f"{options.proxy} is itself half of a bundle; give the proxy's own GGUF")
-    vocabulary = open_vocabulary(options.proxy)
-    n_ctx = min(options.n_ctx, header.n_ctx_train or options.n_ctx)
-    encoded, n_cut, n_skipped = encode_all(read, TraceEncoder(vocabulary, raw=options.raw), n_ctx)
-    if len(encoded) < 2:
-        raise InputError(f"{options.traces}: {len(encoded)} usable trace; give at least 2, one is held out; better 50")
-    n_held_out = min(4, max(1, len(encoded) // 5))
-    return Traces(encoded[:-n_held_out], encoded[-n_held_out:], n_cut, n_skipped)
-
-
-def _describe(traces: Traces) -> str:
-    n_tokens = sum(t.n_targets for t in traces.learned)
-    line = f"{len(traces.learned)} traces with {n_tokens:,} tokens to learn from, {len(traces.held_out)} held out"
-    cut = f"; {traces.n_cut} cut to the context" if traces.n_cut else ""
-    return line + cut + (f"; {traces.n_skipped} skipped, their prompts fill it" if traces.n_skipped else "")
-
-
-def _base(options: Options, staging: Path, say: Callable[[str], None]) -> Path:
+        raise ModelError(f"{source} is itself part of a bundle; give the proxy's own GGUF")
+    if options.teacher is not None:
+        _check_vocabulary(options.teacher, source)
     if options.quant is None:
-        return options.proxy
-    target = staging / f"{options.proxy.stem}.{options.quant.upper()}.gguf"
-    say(f"quantizing {options.proxy.name} to {options.quant.upper()} with llama.cpp")
-    quantize(options.proxy, target, options.quant, options.n_threads)
+        return source
+    target = staging / f"{source.stem}.{options.quant.upper()}.gguf"
+    say(f"quantizing {source.name} to {options.quant.upper()} with llama.cpp")
+    quantize(source, target, options.quant, options.n_threads)
     return target
 
 
-def _sweep(
-    provisional: Bundle,
-    proxy: Proxy,
-    selection: Selection,
-    references: Sequence[Reference],
-    options: Options,
-    staging: Path,
-    say: Callable[[str], None],
-) -> tuple[list[Fidelity], dict[float, float]]:
-    """Fidelity and delta_scale of each ε tried, through llama.cpp on the backend that will run the pair."""
-    plus, minus = staging / "sweep-plus.gguf", staging / "sweep-minus.gguf"
-    for path in (plus, minus):
-        write_half(path, proxy.reader, selection.carriers, 0.0, [])
-    scales: dict[float, float] = {}
-    longest = max(len(reference.trace.tokens) for reference in references)
-    params = context_params(n_ctx=longest, n_threads=options.n_threads)
-
-    def measure(epsilon: float) -> Fidelity:
-        move_carriers(plus, selection.carriers, epsilon)
-        move_carriers(minus, selection.carriers, -epsilon)
-        moved = dataclasses.replace(provisional, epsilon=epsilon)
-        with ProxyPair.load(plus, minus, moved, params, options.n_gpu_layers) as pair:
-            fidelity = Fidelity.measure(pair, references)
-            scales[epsilon] = delta_scale(pair, references, DEFAULT_GUARD)
-        say(f"{epsilon:10.4g}  {fidelity.median:.4f}  {fidelity.p10:.4f}  {fidelity.slope:.3f}")
-        return fidelity
-
-    say("Δ through llama.cpp against the exact derivative:")
-    say("         ε  median  p10     slope")
-    steps = sweep(_start(references), measure) if options.eps is None else iter([measure(options.eps)])
-    measured = list(tqdm(steps, desc="sweep", unit="ε"))
-    for path in (plus, minus):
-        path.unlink()
-    return measured, scales
+def _check_vocabulary(teacher: Path, proxy: Path) -> None:
+    """Raises VocabularyError, naming the first token, unless both number their tokens alike, as the runtime asks."""
+    lib = _native.library()
+    with closing(open_vocabulary(teacher)) as theirs, closing(open_vocabulary(proxy)) as ours:
+        _native.check(lib.adl_vocab_shared(ctypes.byref(_native.llama_table(lib)), theirs.model, ours.model))
 
 
-def _start(references: Sequence[Reference]) -> float:
-    """The ε that moves a top token's logit by about one nat, where the linear range begins to end."""
-    rms = float(np.sqrt(np.mean([np.mean(np.square(reference.derivative)) for reference in references])))
-    if not rms > 0:
-        raise ConversionError("the exact derivative is zero on every held-out trace; give other traces")
-    return 1.0 / rms
+def _capabilities(base: Path, options: Options) -> list[Capability]:
+    n_ctx = min(options.n_ctx, GGUFHeader(base).n_ctx_train or options.n_ctx)
+    parse_mix(options.mix, list(options.traces))  # before minutes of work
+    with closing(open_vocabulary(base)) as vocabulary:
+        encoder = TraceEncoder(vocabulary, raw=options.raw)
+        return [Capability.read(name, path, encoder, n_ctx) for name, path in options.traces.items()]
 
 
-def _check_fidelity(best: Fidelity, options: Options) -> None:
-    if not best.median >= LEAST_FIDELITY and not options.force:
-        more = f"--carriers {min(1.0, 2 * options.carriers or 0.05):g}, " if options.carriers < 1 else ""
-        auto = "" if options.eps is None else "--eps auto, "
-        raise ConversionError(
-            f"fidelity {best.median:.3f} is under {LEAST_FIDELITY}: Δ would mislead the sampling. Try {more}{auto}"
-            "a wider proxy (--quant Q8_0 or F16 from a float GGUF); --force writes the bundle all the same"
-        )
+def _open(base: Path, options: Options) -> Proxy:
+    with tqdm(desc=f"reading {base.name}", unit="tensor", delay=1) as bar:
+        return Proxy(base, n_threads=options.n_threads, device=_device(options.device), progress=bar.update)
 
 
-def _provisional(base: Path, gradient: Gradient, selection: Selection, traces: Traces, options: Options) -> Bundle:
-    """The bundle's metadata with everything that is known before the sweep; what is not is zero or empty."""
-    return Bundle(
-        format_version=FORMAT_VERSION,
-        id="",
-        converter=f"adlocal {adlocal.__version__}",
-        epsilon=0.0,
-        gradient_norm=gradient.norm,
-        gradient_loss=gradient.loss,
-        gradient_traces=len(traces.learned),
-        gradient_tokens=sum(t.n_targets for t in traces.learned),
-        delta_scale=0.0,
-        guard=DEFAULT_GUARD,
-        params="all",
-        carriers=[carrier.name for carrier in selection.carriers],
-        carrier_fraction=selection.fraction,
-        carrier_energy=selection.energy,
-        plus_sha256="",
-        minus_sha256="",
-        fidelity_median=0.0,
-        fidelity_p10=0.0,
-        fidelity_slope=0.0,
-        fidelity_positions=0,
-        fidelity_top_k=TOP_K,
-        forced=False,
-        sweep_epsilon=[],
-        sweep_median=[],
-        sweep_p10=[],
-        sweep_slope=[],
-        base_sha256=sha256(base),
-        base_bytes=base.stat().st_size,
-        traces_sha256=sha256(options.traces),
+def _device(name: str) -> str:
+    """What `--device` means on this machine."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next(device for device in ("cuda", "mps", "cpu") if available[device])
+    if not available[name]:
+        raise InputError(f"--device {name}: PyTorch finds none here; say auto, or install a PyTorch that has it")
+    return name
+
+
+def _check_fidelity(best: Fidelity, least: float, options: Options) -> None:
+    if best.median >= least or options.force:
+        return
+    auto = "" if options.eps is None else "--eps auto, "
+    more = "" if options.quality == "exact" else "--quality exact, "
+    raise ConversionError(
+        f"fidelity {best.median:.3f} is under {least}: Δ would mislead the sampling. Try {auto}{more}"
+        "a wider proxy (--quant Q8_0 or F16 from a float GGUF); --force writes the bundle all the same"
     )
-
-
-def _final(
-    provisional: Bundle, best: Fidelity, scale: float, measured: Sequence[Fidelity], selection: Selection
-) -> Bundle:
-    if not scale > 0:
-        raise ConversionError("Δ is zero on every plausible token of the held-out traces; give other traces")
-    ordered = sorted(measured, key=lambda fidelity: fidelity.epsilon)
-    bundle = dataclasses.replace(
-        provisional,
-        epsilon=best.epsilon,
-        delta_scale=scale,
-        plus_sha256=selection.sha256(best.epsilon),
-        minus_sha256=selection.sha256(-best.epsilon),
-        fidelity_median=best.median,
-        fidelity_p10=best.p10,
-        fidelity_slope=best.slope,
-        fidelity_positions=best.n_positions,
-        forced=not best.median >= LEAST_FIDELITY,
-        sweep_epsilon=[f.epsilon for f in ordered],
-        sweep_median=[f.median for f in ordered],
-        sweep_p10=[f.p10 for f in ordered],
-        sweep_slope=[f.slope for f in ordered],
-    )
-    return dataclasses.replace(bundle, id=bundle_id(bundle))
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A private directory beside `out`, on the same file system, removed whatever happens."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _publish(staging: Path, out: Path) -> None:
-    """Moves both halves into place. Should the second move fail, the ids differ and the runtime refuses the bundle."""
-    out.mkdir(mode=0o700, exist_ok=True)
-    for name in (PLUS_NAME, MINUS_NAME):
-        os.replace(staging / name, out / name)
-
-
-def _counting(bar: tqdm[object], label: str) -> Callable[[float], None]:
-    def count(value: float) -> None:
-        bar.update()
-        bar.set_postfix({label: f"{value:.4f}"})
-
-    return count

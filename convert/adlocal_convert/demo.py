@@ -23,8 +23,10 @@ from adlocal.llama import AntidistillationLlama
 from adlocal.score import score_trace
 from adlocal.traces import EncodedTrace, Trace, TraceEncoder, sha256
 
+from .capabilities import DEFAULT_NAME
 from .command import say
-from .convert import Options, convert
+from .convert import convert
+from .options import Options
 from .word_problems import word_problems
 
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -142,7 +144,8 @@ def _bundle(model: Path, traces: Path, directory: Path, n_threads: int) -> Bundl
         bundle = Bundle.open(directory)
     except BundleError:
         bundle = None
-    if bundle and (bundle.base_sha256, bundle.traces_sha256) == (sha256(model), sha256(traces)):
+    if bundle and (bundle.base_sha256, bundle.capability_sha256) == (sha256(model), [sha256(traces)]):
         say(f"reusing {directory}")
         return bundle
-    return convert(Options(model, traces, directory, n_threads=n_threads, overwrite=True), say)
+    options = Options(str(model), {DEFAULT_NAME: traces}, directory, n_threads=n_threads, overwrite=True)
+    return convert(options, say)

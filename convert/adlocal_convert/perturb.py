@@ -20,10 +20,10 @@ from adlocal._gguf import GGUFHeader
 from adlocal.bundle import Bundle
 from adlocal.errors import ConversionError
 
-from .gradient import Gradient
-from .proxy import Array, Proxy, Tensor
-
-_WIDE = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.BF16)
+from .gguf_copy import AsStored, Writer
+from .proxy import Proxy
+from .streamed import Direction
+from .weights import Array
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Carrier:
 
     Attributes:
         name: GGUF tensor name.
-        ggml_type: F32, or F16 for the linear tensors of a base that is itself narrower than F32.
+        ggml_type: F32 or F16.
         weights: (...) float32 in the file's order, as dequantized from the base.
         direction: ĝ in the file's order, of the same shape.
     """
@@ -48,82 +48,31 @@ class Carrier:
         return moved if self.ggml_type == gguf.GGMLQuantizationType.F32 else moved.astype(np.float16)
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The carriers of one bundle, in file order, and their shares of the linear weights and of ‖g‖²."""
+def load_carriers(proxy: Proxy, direction: Direction, types: Mapping[str, gguf.GGMLQuantizationType]) -> list[Carrier]:
+    """The tensors that `types` names, with their weights and their part of ĝ, in file order.
 
-    carriers: list[Carrier]
-    fraction: float
-    energy: float
-
-    @classmethod
-    def of(cls, proxy: Proxy, gradient: Gradient, fraction: float) -> Selection:
-        """Every 1-D tensor, and the linear tensors with the most gradient energy per byte up to a share of all of them.
-
-        Args:
-            proxy: the base.
-            gradient: over all its parameters.
-            fraction: largest share of the linear weights that may become carriers, 0 to 1.
-        """
-        energy = {t.name: float(gradient.values[t.parameter].double().square().sum()) for t in proxy.tensors}
-        chosen = _by_energy_per_byte(proxy.tensors, energy, fraction)
-        chosen += [t.name for t in proxy.tensors if len(t.stored.shape) == 1]
-        carriers = [_carrier(t, gradient) for t in proxy.tensors if t.name in chosen]
-        linear = {t.name: t.n_weights for t in proxy.tensors if t.is_linear}
-        return cls(
-            carriers,
-            fraction=sum(linear.get(c.name, 0) for c in carriers) / sum(linear.values()),
-            energy=sum(energy[c.name] for c in carriers) / gradient.norm**2,
-        )
-
-    def sha256(self, step: float) -> str:
-        """Hash of the carriers' bytes at θ + step · ĝ."""
-        digest = hashlib.sha256()
-        for carrier in self.carriers:
-            digest.update(carrier.at(step).tobytes())
-        return digest.hexdigest()
+    Raises:
+        ConversionError: weights are beyond what F16 holds.
+    """
+    return [
+        _carrier(t.name, types[t.name], proxy.weights.get(t.name), direction.get(t.name).numpy())
+        for t in proxy.tensors
+        if t.name in types
+    ]
 
 
-def _by_energy_per_byte(tensors: Iterable[Tensor], energy: Mapping[str, float], fraction: float) -> list[str]:
-    linear = [t for t in tensors if t.is_linear]
-    budget = fraction * sum(t.n_weights for t in linear)
-    chosen = []
-    for tensor in sorted(linear, key=lambda t: energy[t.name] / _bytes_per_weight(t) / t.n_weights, reverse=True):
-        if tensor.n_weights <= budget:
-            chosen.append(tensor.name)
-            budget -= tensor.n_weights
-    return chosen
-
-
-def _carrier_type(tensor: Tensor) -> gguf.GGMLQuantizationType:
-    one_dimensional = len(tensor.stored.shape) == 1
-    wide = one_dimensional or tensor.stored.tensor_type in _WIDE
-    return gguf.GGMLQuantizationType.F32 if wide else gguf.GGMLQuantizationType.F16
-
-
-def _bytes_per_weight(tensor: Tensor) -> int:
-    return 4 if _carrier_type(tensor) == gguf.GGMLQuantizationType.F32 else 2
-
-
-def _carrier(tensor: Tensor, gradient: Gradient) -> Carrier:
-    ggml_type, weights = _carrier_type(tensor), tensor.weights()
+def _carrier(name: str, ggml_type: gguf.GGMLQuantizationType, weights: Array, direction: Array) -> Carrier:
     if ggml_type == gguf.GGMLQuantizationType.F16 and np.max(np.abs(weights)) > np.finfo(np.float16).max / 2:
-        raise ConversionError(f"tensor {tensor.name} has weights too large for F16 carriers; convert from an F32 file")
-    return Carrier(tensor.name, ggml_type, weights, tensor.to_gguf(gradient.values[tensor.parameter] / gradient.norm))
+        raise ConversionError(f"tensor {name} has weights too large for F16 carriers; convert from an F32 file")
+    return Carrier(name, ggml_type, weights, direction)
 
 
-class _AsStored(bytes):
-    """Type and value of a key as the base's bytes hold them."""
-
-    def __new__(cls, field: Any) -> _AsStored:
-        return super().__new__(cls, b"".join(part.tobytes() for part in field.parts[2:]))
-
-
-class _Writer(gguf.GGUFWriter):
-    """Also takes keys as they are stored; some of them gguf-py could not write: empty arrays, strings not in UTF-8."""
-
-    def _pack_val(self, val: Any, *args: Any, **kwargs: Any) -> Any:
-        return val if isinstance(val, _AsStored) else super()._pack_val(val, *args, **kwargs)
+def carriers_sha256(carriers: Sequence[Carrier], step: float) -> str:
+    """Hash of the carriers' bytes at θ + step · ĝ."""
+    digest = hashlib.sha256()
+    for carrier in carriers:
+        digest.update(carrier.at(step).tobytes())
+    return digest.hexdigest()
 
 
 def write_half(
@@ -133,13 +82,13 @@ def write_half(
 
     The file is readable by its owner alone: whoever holds both halves can undo the protection.
     """
-    writer = _Writer(path, _architecture(reader), endianess=reader.endianess)
+    writer = Writer(path, _architecture(reader), endianess=reader.endianess)
     writer.data_alignment = reader.alignment
     for field in reader.fields.values():
         if field.name != "general.architecture" and not field.name.startswith("GGUF."):
-            writer.add_key_value(field.name, _AsStored(field), field.types[0])
+            writer.add_key_value(field.name, AsStored(field), field.types[0])
     for key, value, kind in metadata:
-        _add_key(writer, key, value, gguf.GGUFValueType[kind])
+        writer.add_metadata(key, value, gguf.GGUFValueType[kind])
     moved = {carrier.name: carrier.at(step) for carrier in carriers}
     for tensor in reader.tensors:
         if tensor.name in moved:
@@ -165,17 +114,11 @@ def move_carriers(path: Path, carriers: Sequence[Carrier], step: float) -> None:
 
 
 def bundle_id(bundle: Bundle) -> str:
-    """Follows from everything that makes the halves what they are: the same inputs give the same bundle."""
-    parts = (bundle.base_sha256, bundle.traces_sha256, repr(bundle.epsilon), bundle.plus_sha256, bundle.minus_sha256)
+    """Follows from everything that makes the bundle what it is: the same inputs give the same bundle."""
+    sources = (*bundle.capability_sha256, *map(repr, bundle.capability_weights))
+    parts = (bundle.format, bundle.base_sha256, *sources, repr(bundle.epsilon), *bundle.carriers_sha256)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _architecture(reader: Any) -> str:
     return str(reader.get_field("general.architecture").contents())
-
-
-def _add_key(writer: Any, key: str, value: Any, kind: gguf.GGUFValueType) -> None:
-    if isinstance(value, list):
-        writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY, sub_type=kind)
-    else:
-        writer.add_key_value(key, value, kind)

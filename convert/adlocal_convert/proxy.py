@@ -1,174 +1,166 @@
-"""The proxy in PyTorch, and the proof that its weights are the GGUF's.
+"""The proxy in PyTorch: transformers' model, computing with the weights of the GGUF as they lie in the file.
 
-transformers reads the GGUF, dequantizes it, and may reorder it on the way (llama's Q and K rows are permuted between
-the two formats). Each tensor is therefore matched to a parameter by name and compared number by number with what
-gguf-py dequantizes; a gradient can then be carried back to the file without a guess.
+Matrices stay in the file (`streamed`), norms and biases are parameters. Tensors keep the names and the order of the
+file throughout, so that a gradient needs no way back. That the model is llama.cpp's is checked on held-out traces,
+where the logits of both must agree (`fidelity`).
 """
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import gguf
 import numpy as np
-import numpy.typing as npt
 import torch
 import transformers
 
+from adlocal._gguf import GGUFHeader
 from adlocal.errors import ModelError
 
-Array = npt.NDArray[np.float32]
-ARCHITECTURES = ("llama", "qwen2")
-# Tables that llama.cpp stores among the tensors and no training ever changes.
-_CONSTANTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+from .architectures import CONSTANTS, Architecture, architecture_of, tensor_names
+from .configuration import configuration, scale_frequencies
+from .streamed import Stream, StreamedEmbedding, StreamedLinear
+from .weights import Tensor, WeightFile
 
-
-@dataclass(frozen=True)
-class Tensor:
-    """One GGUF tensor that training would change.
-
-    Attributes:
-        name: its name in the GGUF.
-        parameter: its name in the transformers model.
-        n_head: heads whose rows llama.cpp keeps interleaved, 0 where both formats agree.
-        stored: the tensor as the file holds it.
-    """
-
-    name: str
-    parameter: str
-    n_head: int
-    stored: Any
-
-    @property
-    def is_linear(self) -> bool:
-        """A matrix: a linear layer's, or the embedding table, which a tied model multiplies with too."""
-        return len(self.stored.shape) > 1
-
-    @property
-    def n_weights(self) -> int:
-        return int(self.stored.n_elements)
-
-    def weights(self) -> Array:
-        """The file's own weights, dequantized to float32, in the file's order."""
-        return np.asarray(gguf.dequantize(self.stored.data, self.stored.tensor_type), dtype=np.float32)
-
-    def to_gguf(self, values: torch.Tensor) -> Array:
-        """Values in the parameter's order, in the file's order."""
-        array = values.detach().to(torch.float32).cpu().numpy()
-        return _interleave(array, self.n_head) if self.n_head else array
+TABLE, HEAD = "token_embd.weight", "output.weight"
+_HEAD_PARAMETER = "lm_head.weight"
 
 
 class Proxy:
-    """A proxy student: the GGUF file, and the transformers model at its dequantized weights.
+    """A proxy student: the GGUF file, and transformers' model at its dequantized weights.
 
-    `progress` is called after each of three steps of loading.
+    `progress` is called after each tensor.
 
     Attributes:
         path: the GGUF.
-        reader: gguf-py's view of it.
-        model: float32, in eval mode.
+        model: of transformers, float32, its matrices streamed from the file.
+        stream: what the model's streamed layers share.
         tensors: every tensor that training would change, in file order.
+        is_tied: the embedding table is the head, too.
+        small: tensor name -> parameter of every norm and bias, which are not streamed.
+        parameters: their names in the model.
 
     Raises:
-        ModelError: the file is of an architecture that is not supported, its weights are not finite, or a tensor does
-            not match the model's parameter.
+        ModelError: the file is of an architecture that is not supported, a tensor has no place in the model or the
+            model none in the file, or weights are not finite.
     """
 
-    def __init__(self, path: Path, progress: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self, path: Path, *, n_threads: int = 1, device: str = "cpu", progress: Callable[[], object] = lambda: None
+    ) -> None:
         self.path = path
-        self.reader = _open(path)
-        progress()
-        self.model = _load(path)
-        progress()
-        self.tensors = list(self._match())
-        progress()
+        header = GGUFHeader(path)
+        self.architecture = architecture_of(path, header.get("general.architecture", "none"))
+        stored = [_tensor(t) for t in self.reader.tensors]  # and let go of it: a large vocabulary takes 200 MB there
+        self.weights = WeightFile(path, stored, n_threads)
+        self.tensors = [t for t in stored if t.name not in CONSTANTS]
+        self.is_tied = HEAD not in self.weights
+        self.stream = Stream(self.weights, torch.device(device))
+        self.model = _skeleton(header, self.architecture, self.weights)
+        self.small: dict[str, torch.nn.Parameter] = {}
+        self.parameters: dict[str, str] = {}
+        self._fill(progress)
+        self.model.to(device)
 
-    def _match(self) -> Iterator[Tensor]:
-        parameters = dict(self.model.named_parameters())
-        config = self.model.config
-        names = _gguf_names(self.reader, list(parameters), config.num_hidden_layers)
-        for stored in self.reader.tensors:
-            if stored.name in _CONSTANTS:
-                continue
-            parameter = names.get(stored.name)
-            if parameter is None:
-                raise ModelError(f"{self.path}: tensor {stored.name} has no counterpart in transformers' model")
-            yield self._aligned(stored, parameter, parameters[parameter], config)
+    def close(self) -> None:
+        """Closes the file."""
+        self.weights.close()
 
-    def _aligned(self, stored: Any, parameter: str, values: torch.Tensor, config: Any) -> Tensor:
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-        n_head = next((n for part, n in heads.items() if f".{part}." in stored.name), 0)
-        weights = Tensor(stored.name, parameter, 0, stored).weights()
-        if not np.all(np.isfinite(weights)):
+    @property
+    def reader(self) -> Any:
+        """gguf-py's view of the file, parsed anew."""
+        return _open(self.path)
+
+    @property
+    def n_vocab(self) -> int:
+        return self.weights.shape(TABLE)[0]
+
+    def _fill(self, progress: Callable[[], object]) -> None:
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        names: dict[str, str] = tensor_names(self.architecture, parameters, self.model.config.num_hidden_layers)
+        if self.is_tied:
+            names[_HEAD_PARAMETER] = TABLE
+        held = {t.name for t in self.tensors}
+        if missing := [parameter for parameter in parameters if names.get(parameter) not in held]:
+            raise ModelError(f"{self.path}: it holds no tensor for transformers' {missing[0]}; convert it again")
+        if unused := held.difference(names.values()):
+            raise ModelError(f"{self.path}: tensor {min(unused)} has no counterpart in transformers' model")
+        for parameter, values in parameters.items():
+            self._place(parameter, names[parameter], tuple(values.shape))
+            progress()
+
+    def _place(self, parameter: str, name: str, shape: tuple[int, ...]) -> None:
+        """Puts one tensor of the file into the model: norms and biases as values, matrices as streamed layers."""
+        if self.weights.shape(name) != shape:
             raise ModelError(
-                f"{self.path}: tensor {stored.name} holds NaN or infinite weights; convert or download it again"
+                f"{self.path}: tensor {name} is {self.weights.shape(name)}, transformers' {parameter} {shape}"
             )
-        for candidate in (Tensor(stored.name, parameter, n, stored) for n in dict.fromkeys((0, n_head))):
-            if weights.shape == tuple(values.shape) and np.array_equal(candidate.to_gguf(values), weights):
-                return candidate
-        raise ModelError(
-            f"{self.path}: tensor {stored.name} differs from transformers' {parameter}; it cannot be mapped back"
-        )
+        owner, _, attribute = parameter.rpartition(".")
+        module = self.model.get_submodule(owner)
+        self._check_finite(name)
+        if len(shape) == 1:
+            values = self.weights.get(name)
+            offset = self.architecture.norm_offset if _is_norm(module) else 0.0
+            self.small[name] = torch.nn.Parameter(torch.from_numpy(values - np.float32(offset)))
+            self.parameters[name] = parameter
+            setattr(module, attribute, self.small[name])
+        elif isinstance(module, torch.nn.Embedding):
+            self._replace(owner, StreamedEmbedding(self.stream, name, getattr(module, "scalar_embed_scale", 1.0)))
+        else:
+            self._replace(owner, StreamedLinear(self.stream, name, None, self._n_head(name)))
+
+    def _replace(self, owner: str, layer: torch.nn.Module) -> None:
+        parent, _, child = owner.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, layer)
+
+    def _n_head(self, name: str) -> int:
+        config = self.model.config
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+        part = name.split(".")[-2]
+        return heads.get(part, 0) if self.architecture.interleaved else 0
+
+    def _check_finite(self, name: str) -> None:
+        if not all(np.all(np.isfinite(band)) for _, band in self.weights.bands(name)):
+            raise ModelError(f"{self.path}: tensor {name} holds NaN or infinite weights; convert or download it again")
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """Final hidden states of sequences that start at position 0, (n_sequences, n_tokens) to (..., width).
+
+        Padding on the right needs no mask: attention is causal.
+        """
+        states: torch.Tensor = self.model.model(input_ids=ids.to(self.stream.device), use_cache=False).last_hidden_state
+        return states
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of hidden states, (..., n_vocab)."""
+        logits: torch.Tensor = self.model.lm_head(hidden)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if not cap else cap * torch.tanh(logits / cap)
+
+
+def _tensor(stored: Any) -> Tensor:
+    shape = tuple(int(n) for n in reversed(stored.shape))
+    return Tensor(stored.name, shape, stored.tensor_type, int(stored.n_bytes), int(stored.data_offset))
 
 
 def _open(path: Path) -> Any:
     try:
-        reader: Any = gguf.GGUFReader(path)
+        return gguf.GGUFReader(path)
     except Exception as error:  # gguf-py raises whatever its parser trips over
         raise ModelError(f"{path}: not a readable GGUF file ({error}); download or convert it again") from None
-    field = reader.get_field("general.architecture")
-    check_architecture(path, field.contents() if field else "none")
-    return reader
 
 
-def check_architecture(path: Path, architecture: str) -> None:
-    """Raises ModelError unless it is one that can be differentiated here and carried back."""
-    if architecture not in ARCHITECTURES:
-        raise ModelError(
-            f"{path}: architecture {architecture} is not supported; give one of {', '.join(ARCHITECTURES)}"
-        )
+def _skeleton(header: GGUFHeader, architecture: Architecture, weights: WeightFile) -> Any:
+    """transformers' model of the file's hyperparameters, all its parameters on the meta device."""
+    config = configuration(header, architecture, weights)
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    scale_frequencies(model, header, architecture, weights)
+    return model.eval()
 
 
-def _load(path: Path) -> Any:
-    try:
-        with _quiet_transformers():
-            return transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32
-            ).eval()
-    except Exception as error:  # whatever its loaders trip over
-        reason = str(error).partition("\n")[0]
-        raise ModelError(f"{path}: transformers cannot open it ({reason})") from error
-
-
-def _gguf_names(reader: Any, parameters: list[str], n_layers: int) -> dict[str, str]:
-    """GGUF tensor name -> parameter name."""
-    architecture = reader.get_field("general.architecture").contents()
-    arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    table = gguf.get_tensor_name_map(arch, n_layers)
-    named = ((table.get_name(p, try_suffixes=(".weight", ".bias")), p) for p in parameters)
-    return {name: parameter for name, parameter in named if name is not None}
-
-
-def _interleave(values: Array, n_head: int) -> Array:
-    """Rows from transformers' order (halves of each head) to llama.cpp's (pairs): its converter's `permute`."""
-    rows = values.reshape(n_head, 2, values.shape[0] // n_head // 2, *values.shape[1:])
-    return np.ascontiguousarray(rows.swapaxes(1, 2).reshape(values.shape))
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' warnings; its progress bar stays."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.logging.set_verbosity(before)
+def _is_norm(module: torch.nn.Module) -> bool:
+    return "Norm" in type(module).__name__
