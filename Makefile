@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-native-sanitize lint clean
+.PHONY: help setup demo test test-native-sanitize lint fidelity qualities bench-gradient clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -28,6 +28,15 @@ lint: setup  ## Check style (ruff) and types (mypy)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fidelity: setup  ## Print the fidelity of every family, type and format (2 minutes)
+	@$(BIN)/python tests/fidelity_table.py
+
+qualities: setup  ## Print size, fidelity and cost of every quality and format on SmolLM2 (15 minutes)
+	@$(BIN)/python tests/quality_table.py
+
+bench-gradient: setup  ## Print time and memory of the gradient beside a bare loop of transformers (10 minutes)
+	@$(BIN)/python tests/gradient_bench.py
 
 clean:  ## Remove .venv, caches, builds and the demo's output
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache adlocal-demo

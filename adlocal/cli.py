@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .arguments import add_protected, add_runtime, add_sampling, count, eps, seed, temperature
 from .errors import AdlocalError
 
 Handler = Callable[[argparse.Namespace], None]
@@ -71,7 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="adlocal", description="Antidistillation sampling (arXiv 2504.13146) for llama.cpp.")
     parser.add_argument("--version", action="version", version=f"adlocal {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for add in (_add_convert, _add_inspect, _add_generate, _add_score, _add_bench, _add_demo):
+    for add in (
+        _add_traces,
+        _add_convert,
+        _add_inspect,
+        _add_generate,
+        _add_calibrate,
+        _add_score,
+        _add_bench,
+        _add_demo,
+    ):
         add(verbs)
     return parser
 
@@ -96,7 +106,33 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the example as it is written."""
+    """Shows defaults that there are, and the example as it is written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def _add_traces(verbs: Any) -> None:
+    parser = _add(
+        verbs,
+        "traces",
+        _verb("adlocal.harvest"),
+        "Generate clean traces with the plain teacher, for convert; a second run goes on where the first stopped",
+        "adlocal traces -m teacher.gguf --prompts prompts.jsonl -o traces.jsonl",
+    )
+    parser.add_argument("-m", "--model", required=True, metavar="TEACHER.gguf")
+    parser.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE.jsonl", help="rows with prompt, messages or question"
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="TRACES.jsonl", help="holds no protection")
+    parser.add_argument("-n", "--n-predict", type=count, default=512, metavar="N", help="most tokens of a trace")
+    parser.add_argument("-np", "--parallel", type=count, default=4, metavar="N", help="sequences decoded together")
+    parser.add_argument("--raw", action="store_true", help="send string prompts as they are, without the chat template")
+    parser.add_argument("--overwrite", action="store_true", help="start TRACES.jsonl again, whatever is in it")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    add_sampling(parser, temp=0.0)
+    parser.add_argument("-s", "--seed", type=seed, default=0, metavar="N", help="each prompt derives its own from it")
+    add_runtime(parser, ctx_size=2048, help_ctx="tokens of context a sequence")
 
 
 def _add_convert(verbs: Any) -> None:
@@ -105,25 +141,61 @@ def _add_convert(verbs: Any) -> None:
         "convert",
         _offline_verb("adlocal_convert.command"),
         "Make a bundle from a proxy student and traces",
-        "adlocal convert proxy.Q4_K_M.gguf --traces traces.jsonl --out bundle/",
+        "adlocal convert owner/proxy-GGUF:Q4_K_M --traces math=a.jsonl --traces code=b.jsonl --out bundle/",
     )
-    parser.add_argument("proxy", type=Path, metavar="PROXY.gguf", help="the proxy student, architecture llama or qwen2")
-    parser.add_argument(
-        "--traces", type=Path, required=True, metavar="FILE.jsonl", help="prompt and completion, or messages"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="directory of the bundle; it is a secret"
-    )
-    parser.add_argument("--quant", metavar="TYPE", help="requantize the proxy first, with llama.cpp: Q4_K_M, Q8_0, ...")
-    parser.add_argument("--carriers", type=float, default=0.05, metavar="FRACTION", help="share of the linear weights")
-    parser.add_argument(
-        "--eps", type=_eps, default="auto", metavar="STEP", help="step along the unit gradient, or auto"
-    )
-    parser.add_argument("--raw", action="store_true", help="concatenate string pairs, without the chat template")
+    _add_convert_inputs(parser)
+    _add_convert_method(parser)
     parser.add_argument("--force", action="store_true", help="write and mark a bundle whose fidelity is too low")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that lies in DIR")
     parser.add_argument("--json", action="store_true", help="print the bundle's metadata as JSON")
-    _add_runtime(parser, ctx_size=2048)
+    add_runtime(parser, ctx_size=2048)
+
+
+def _add_convert_inputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "proxy",
+        metavar="PROXY",
+        help="the proxy student: a GGUF, a Hugging Face directory, or a hub id (owner/name, owner/name:Q8_0)",
+    )
+    parser.add_argument(
+        "--traces",
+        action="append",
+        required=True,
+        metavar="[NAME=]FILE",
+        help="prompt and completion, or messages, as JSON lines, Parquet or a datasets id; once a capability",
+    )
+    parser.add_argument("--mix", metavar="NAME=WEIGHT,...", help="weights of the capabilities, equal by default")
+    parser.add_argument("--raw", action="store_true", help="concatenate string pairs, without the chat template")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="directory of the bundle; it is a secret"
+    )
+    parser.add_argument("--teacher", type=Path, metavar="TEACHER.gguf", help="gives a Hugging Face proxy its tokenizer")
+    parser.add_argument("--quant", metavar="TYPE", help="requantize the proxy first, with llama.cpp: Q4_K_M, Q8_0, ...")
+
+
+def _add_convert_method(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format", choices=("halves", "adapter"), default="halves", help="two files of weights, or one and a LoRA"
+    )
+    parser.add_argument(
+        "--quality",
+        choices=("small", "balanced", "exact"),
+        default="balanced",
+        help="halves of 1.1 or 1.25 times the proxy's size, or in F16",
+    )
+    parser.add_argument(
+        "--params",
+        choices=("all", "linear", "norms"),
+        help="which weights are protected (default: all; linear for adapter)",
+    )
+    parser.add_argument("--carriers", type=float, metavar="FRACTION", help="share of the linear weights, for --quality")
+    parser.add_argument("--rank", type=count, metavar="N", help="of the adapter, for --quality")
+    parser.add_argument("--eps", type=eps, default="auto", metavar="STEP", help="step along the unit gradient, or auto")
+    parser.add_argument("-b", "--batch-size", type=count, default=4, metavar="N", help="traces of one pass")
+    parser.add_argument(
+        "--low-memory", action="store_true", help="one trace a pass, activations recomputed, gradients on disk"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="for the gradient")
 
 
 def _add_inspect(verbs: Any) -> None:
@@ -141,31 +213,65 @@ def _add_generate(verbs: Any) -> None:
         "Generate text under protection",
         "adlocal generate -m teacher.gguf --bundle bundle/ --chat -p 'Why is the sky blue?' --strength 4",
     )
-    _add_protected(parser)
+    add_protected(parser)
     parser.add_argument("-p", "--prompt", required=True, metavar="TEXT")
     parser.add_argument("--chat", action="store_true", help="send the prompt as a user's message")
     parser.add_argument("--unprotected", action="store_true", help="run the plain teacher, without a bundle")
-    parser.add_argument("--temp", type=_temperature, default=0.8, metavar="T", help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=40, metavar="N", help="0 is off")
-    parser.add_argument("--top-p", type=_share, default=0.95, metavar="P", help="1 is off")
-    parser.add_argument("--min-p", type=_share, default=0.05, metavar="P", help="0 is off")
-    parser.add_argument("-s", "--seed", type=_seed, metavar="N", help="random if not given")
+    add_sampling(parser, temp=0.8)
+    parser.add_argument("-s", "--seed", type=seed, metavar="N", help="random if not given")
+
+
+def _add_calibrate(verbs: Any) -> None:
+    parser = _add(
+        verbs,
+        "calibrate",
+        _verb("adlocal.calibrate"),
+        "Find the strength that spends a budget, and make it the bundle's default",
+        "adlocal calibrate -m teacher.gguf --bundle bundle/ --prompts prompts.jsonl --kl 0.1 --plot calibration.png",
+    )
+    parser.add_argument("-m", "--model", required=True, metavar="TEACHER.gguf")
+    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="from adlocal convert")
+    parser.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE.jsonl", help='lines with "prompt", or "question"'
+    )
+    parser.add_argument(
+        "--answers", type=Path, metavar="FILE.jsonl", help='lines with "answer", if the prompts have none'
+    )
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--kl", type=float, metavar="NATS", help="budget: KL to the teacher, nats a token")
+    budget.add_argument("--accuracy-drop", type=float, metavar="PCT", help="budget: points of accuracy to lose at most")
+    parser.add_argument(
+        "--guard", type=float, metavar="SHARE", help="fixed; else the one with the largest dose for --kl, or 0.05"
+    )
+    parser.add_argument("--temp", type=temperature, metavar="T", help="0.8 for --kl, greedy for --accuracy-drop")
+    parser.add_argument("-n", "--n-predict", type=count, default=256, metavar="N", help="most tokens a prompt")
+    parser.add_argument("-s", "--seed", type=seed, default=0, metavar="N")
+    parser.add_argument("--raw", action="store_true", help="take string prompts as they are, without the chat template")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it; needs adlocal[plot]")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_runtime(parser, ctx_size=2048)
 
 
 def _add_score(verbs: Any) -> None:
     description = "Measure the dose of existing traces"
-    parser = _add(verbs, "score", _verb("adlocal.score"), description, "adlocal score --bundle bundle/ traces.jsonl")
+    example = "adlocal score --bundle bundle/ traces.jsonl --html scores.html"
+    parser = _add(verbs, "score", _verb("adlocal.score"), description, example)
     parser.add_argument("traces", type=Path, metavar="TRACES.jsonl")
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR")
     parser.add_argument("--raw", action="store_true", help="concatenate string pairs, without the chat template")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw histograms of the doses")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE.html", help="write a page that shades every token by its dose"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    _add_runtime(parser, ctx_size=2048)
+    parser.add_argument("--tokens", action="store_true", help="list every token in the JSON object")
+    add_runtime(parser, ctx_size=2048)
 
 
 def _add_bench(verbs: Any) -> None:
     description = "Measure what protection costs, as ratios in one run"
     parser = _add(verbs, "bench", _verb("adlocal.bench"), description, "adlocal bench -m teacher.gguf --bundle bundle/")
-    _add_protected(parser, bundle_required=True, n_predict=32)
+    add_protected(parser, bundle_required=True, n_predict=32)
 
 
 def _add_demo(verbs: Any) -> None:
@@ -177,61 +283,4 @@ def _add_demo(verbs: Any) -> None:
         "adlocal demo",
     )
     parser.add_argument("--dir", type=Path, default=Path("adlocal-demo"), help="where traces and bundle are kept")
-    parser.add_argument("-t", "--threads", type=_count, default=os.cpu_count() or 1, metavar="N")
-
-
-def _add_protected(parser: argparse.ArgumentParser, bundle_required: bool = False, n_predict: int = 256) -> None:
-    parser.add_argument("-m", "--model", required=True, metavar="TEACHER.gguf")
-    parser.add_argument("--bundle", type=Path, required=bundle_required, metavar="DIR", help="from adlocal convert")
-    parser.add_argument("--strength", type=float, default=1.0, help="typical shift of a plausible token's logit, nats")
-    parser.add_argument(
-        "--guard", type=float, default=0.05, help="share of the top probability a token needs; 0 is the paper"
-    )
-    parser.add_argument(
-        "-n", "--n-predict", type=_count, default=n_predict, metavar="N", help="most tokens to generate"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    _add_runtime(parser, ctx_size=2048)
-
-
-def _add_runtime(parser: argparse.ArgumentParser, ctx_size: int) -> None:
-    parser.add_argument("-c", "--ctx-size", type=_count, default=ctx_size, metavar="N", help="tokens of context")
-    parser.add_argument("-t", "--threads", type=_count, default=os.cpu_count() or 1, metavar="N")
-    parser.add_argument("-ngl", "--gpu-layers", type=int, default=0, metavar="N", help="layers to offload, -1 for all")
-
-
-def _count(text: str) -> int:
-    if not (text.isdecimal() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 up")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not (text.isdecimal() and int(text) < 2**32):
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 0 to {2**32 - 1}")
-    return int(text)
-
-
-def _temperature(text: str) -> float:
-    return _number(text, 0.0, 100.0)
-
-
-def _share(text: str) -> float:
-    return _number(text, 0.0, 1.0)
-
-
-def _number(text: str, least: float, most: float) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not least <= value <= most:
-        raise argparse.ArgumentTypeError(f"{text}: give a number from {least:g} to {most:g}")
-    return value
-
-
-def _eps(text: str) -> float | None:
-    try:
-        return None if text == "auto" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: give a positive number, or auto") from None
+    parser.add_argument("-t", "--threads", type=count, default=os.cpu_count() or 1, metavar="N")

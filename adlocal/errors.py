@@ -6,7 +6,7 @@ AdlocalError
 │   ├── BundleError       a bundle is missing a half, its halves do not fit together, or it is of another format
 │   ├── VocabularyError   teacher and proxy do not share a vocabulary
 │   └── TraceError        a trace file cannot be read, or a trace has nothing to learn from
-├── ConversionError       the input was usable and the conversion failed: no bundle was written
+├── ConversionError       the input was usable and the conversion or calibration failed: nothing was written
 ├── NativeError           the native library is missing or does not fit: nothing can be protected
 └── ProxyError            a proxy could not be evaluated: no token was emitted
 """
@@ -42,7 +42,7 @@ class TraceError(InputError):
 
 
 class ConversionError(AdlocalError):
-    """The conversion failed or its result is not worth shipping. No bundle was written."""
+    """The conversion or calibration failed, or its result is not worth shipping. Nothing was written."""
 
 
 class NativeError(AdlocalError):

@@ -1,0 +1,93 @@
+"""Arguments that several commands share, and the types of their values."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+
+def add_protected(parser: argparse.ArgumentParser, bundle_required: bool = False, n_predict: int = 256) -> None:
+    """A teacher under protection, and how it is run."""
+    parser.add_argument("-m", "--model", required=True, metavar="TEACHER.gguf")
+    parser.add_argument("--bundle", type=Path, required=bundle_required, metavar="DIR", help="from adlocal convert")
+    parser.add_argument(
+        "--strength",
+        type=strength,
+        metavar="NATS",
+        help="typical shift of a plausible token's logit; the calibrated one if the bundle has one, else 1",
+    )
+    parser.add_argument(
+        "--guard",
+        type=float,
+        metavar="SHARE",
+        help="of the top probability that a token needs, 0 is the paper; the calibrated one, else 0.05",
+    )
+    parser.add_argument("-n", "--n-predict", type=count, default=n_predict, metavar="N", help="most tokens to generate")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_runtime(parser, ctx_size=2048)
+
+
+def add_sampling(parser: argparse.ArgumentParser, temp: float) -> None:
+    """How tokens are sampled; `temp` is the default temperature."""
+    parser.add_argument("--temp", type=temperature, default=temp, metavar="T", help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=40, metavar="N", help="0 is off")
+    parser.add_argument("--top-p", type=share, default=0.95, metavar="P", help="1 is off")
+    parser.add_argument("--min-p", type=share, default=0.05, metavar="P", help="0 is off")
+
+
+def add_runtime(parser: argparse.ArgumentParser, ctx_size: int, help_ctx: str = "tokens of context") -> None:
+    """What llama.cpp runs with."""
+    parser.add_argument("-c", "--ctx-size", type=count, default=ctx_size, metavar="N", help=help_ctx)
+    parser.add_argument("-t", "--threads", type=count, default=os.cpu_count() or 1, metavar="N")
+    parser.add_argument("-ngl", "--gpu-layers", type=int, default=0, metavar="N", help="layers to offload, -1 for all")
+
+
+def count(text: str) -> int:
+    """A whole number from 1 up."""
+    if not (text.isdecimal() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 up")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A 32-bit number."""
+    if not (text.isdecimal() and int(text) < 2**32):
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
+def strength(text: str) -> float | str:
+    """Nats, or "calibrated"."""
+    try:
+        return text if text == "calibrated" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: give a number of nats, or calibrated") from None
+
+
+def temperature(text: str) -> float:
+    """0 to 100."""
+    return _number(text, 0.0, 100.0)
+
+
+def share(text: str) -> float:
+    """0 to 1."""
+    return _number(text, 0.0, 1.0)
+
+
+def _number(text: str, least: float, most: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{text}: give a number from {least:g} to {most:g}")
+    return value
+
+
+def eps(text: str) -> float | None:
+    """A number, or None for "auto"."""
+    try:
+        return None if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: give a positive number, or auto") from None
