@@ -191,7 +191,7 @@ def _add_convert_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--carriers", type=float, metavar="FRACTION", help="share of the linear weights, for --quality")
     parser.add_argument("--rank", type=count, metavar="N", help="of the adapter, for --quality")
     parser.add_argument("--eps", type=eps, default="auto", metavar="STEP", help="step along the unit gradient, or auto")
-    parser.add_argument("-b", "--batch-size", type=count, default=4, metavar="N", help="traces of one pass")
+    parser.add_argument("-b", "--batch-size", type=count, default=2, metavar="N", help="traces of one pass")
     parser.add_argument(
         "--low-memory", action="store_true", help="one trace a pass, activations recomputed, gradients on disk"
     )

@@ -61,7 +61,7 @@ class Settings:
         largest_logits: more logits than this are computed in pieces, and their gradient with them.
     """
 
-    batch_size: int = 4
+    batch_size: int = 2
     checkpointing: bool | None = None
     bytes_per_weight: float = 4.0
     largest_logits: int = LARGEST_LOGITS

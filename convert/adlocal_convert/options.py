@@ -56,7 +56,7 @@ class Options:
     eps: float | None = None
     raw: bool = False
     low_memory: bool = False
-    batch_size: int = 4
+    batch_size: int = 2
     device: str = "auto"
     n_ctx: int = 2048
     n_threads: int = os.cpu_count() or 1
