@@ -193,7 +193,9 @@ def _add_convert_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eps", type=eps, default="auto", metavar="STEP", help="step along the unit gradient, or auto")
     parser.add_argument("-b", "--batch-size", type=count, default=2, metavar="N", help="traces of one pass")
     parser.add_argument(
-        "--low-memory", action="store_true", help="one trace a pass, activations recomputed, gradients on disk"
+        "--low-memory",
+        action="store_true",
+        help="one trace a pass, activations recomputed, a third of the gradient at a time",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="for the gradient")
 

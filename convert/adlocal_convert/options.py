@@ -32,7 +32,7 @@ class Options:
         params: which weights the gradient is over; None: all, or linear for an adapter.
         eps: step along ĝ, or None to sweep.
         raw: concatenate string pairs instead of using the chat template.
-        low_memory: one trace at a time, recomputed activations, gradients on disk.
+        low_memory: one trace at a time, recomputed activations, a third of the gradient at a time.
         batch_size: traces of one pass.
         device: where PyTorch computes: auto, cpu, cuda or mps.
         n_ctx: longest trace in tokens; longer ones are cut.
