@@ -21,7 +21,7 @@ from llama_cpp._internals import LlamaBatch
 from llama_cpp.llama import LogitsProcessorList, MinTokensLogitsProcessor
 from llama_cpp.llama_cache import LlamaRAMCache
 from llama_cpp.llama_grammar import LlamaGrammar
-from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+from llama_cpp.llama_speculative import LlamaDraftModel
 from reference import Reference, Samples, log_softmax, sampling
 
 from adlocal import AntidistillationLlama, ProxyPair
@@ -227,18 +227,34 @@ def test_a_prompt_cache_holds_no_plain_logits(
     check_logprobs(completion["choices"][0], reference, samples.tokens, echo=True)
 
 
+class _Foretold(LlamaDraftModel):
+    """Drafts the tokens that are going to be sampled, and after every third a wrong one."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+    def __call__(self, input_ids: Any, /, **kwargs: Any) -> Any:
+        drafted = np.array(self.tokens[len(input_ids) :][:4], dtype=np.intc)
+        drafted[3:] += 1
+        return drafted
+
+
 def test_drafted_tokens_are_verified_against_adjusted_logits(
-    smollm2: Path, smollm2_bundle: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+    llm: AntidistillationLlama,
+    smollm2: Path,
+    smollm2_bundle: Path,
+    reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The prompt repeats itself, so drafts are made; wrong ones are rolled back in all three contexts."""
-    prompt = "one two three four one two three four one two three"
-    draft = LlamaPromptLookupDecoding(max_ngram_size=2, num_pred_tokens=6)
+    """Right drafts are taken, several tokens a batch; wrong ones are rolled back in all three contexts."""
+    llm.create_completion(PROMPT, max_tokens=16, temperature=0.0)
+    draft = _Foretold(llm._input_ids.tolist())
     kwargs = {**KWARGS, "logits_all": False, "n_batch": 64}
     with closing(
         AntidistillationLlama(
             str(smollm2), bundle=smollm2_bundle, strength=STRENGTH, guard=GUARD, draft_model=draft, **kwargs
         )
-    ) as llm:
+    ) as drafting:
         batches: list[int] = []
         decode = LockstepContext.decode
 
@@ -247,11 +263,11 @@ def test_drafted_tokens_are_verified_against_adjusted_logits(
             decode(self, batch)
 
         monkeypatch.setattr(LockstepContext, "decode", counting)
-        with sampling(monkeypatch, llm) as samples:
-            llm.create_completion(prompt, max_tokens=16, temperature=0.0)
+        with sampling(monkeypatch, drafting) as samples:
+            drafting.create_completion(PROMPT, max_tokens=16, temperature=0.0)
         assert any(n > 1 for n in batches[1:]), "no token was drafted"
-        check_rows(llm, reference, samples)
-        assert llm.last_dose.n_tokens == len(samples.tokens)
+        check_rows(drafting, reference, samples)
+        assert drafting.last_dose.n_tokens == len(samples.tokens)
 
 
 def test_a_prompt_longer_than_n_batch(
