@@ -10,7 +10,15 @@ from pathlib import Path
 def add_protected(parser: argparse.ArgumentParser, bundle_required: bool = False, n_predict: int = 256) -> None:
     """A teacher under protection, and how it is run."""
     parser.add_argument("-m", "--model", required=True, metavar="TEACHER.gguf")
-    parser.add_argument("--bundle", type=Path, required=bundle_required, metavar="DIR", help="from adlocal convert")
+    add_protection(parser, required=bundle_required)
+    parser.add_argument("-n", "--n-predict", type=count, default=n_predict, metavar="N", help="most tokens to generate")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_runtime(parser, ctx_size=2048)
+
+
+def add_protection(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """The bundle, and how much of it."""
+    parser.add_argument("--bundle", type=Path, required=required, metavar="DIR", help="from adlocal convert")
     parser.add_argument(
         "--strength",
         type=strength,
@@ -23,9 +31,6 @@ def add_protected(parser: argparse.ArgumentParser, bundle_required: bool = False
         metavar="SHARE",
         help="of the top probability that a token needs, 0 is the paper; the calibrated one, else 0.05",
     )
-    parser.add_argument("-n", "--n-predict", type=count, default=n_predict, metavar="N", help="most tokens to generate")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_runtime(parser, ctx_size=2048)
 
 
 def add_sampling(parser: argparse.ArgumentParser, temp: float) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .arguments import add_protected, add_runtime, add_sampling, count, eps, seed, temperature
+from .arguments import add_protected, add_protection, add_runtime, add_sampling, count, eps, seed, temperature
 from .errors import AdlocalError
 
 Handler = Callable[[argparse.Namespace], None]
@@ -117,14 +117,15 @@ def _add_traces(verbs: Any) -> None:
         verbs,
         "traces",
         _verb("adlocal.harvest"),
-        "Generate clean traces with the plain teacher, for convert; a second run goes on where the first stopped",
+        "Generate traces: clean ones for convert, protected ones with --bundle; a second run goes on where it stopped",
         "adlocal traces -m teacher.gguf --prompts prompts.jsonl -o traces.jsonl",
     )
     parser.add_argument("-m", "--model", required=True, metavar="TEACHER.gguf")
     parser.add_argument(
         "--prompts", type=Path, required=True, metavar="FILE.jsonl", help="rows with prompt, messages or question"
     )
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="TRACES.jsonl", help="holds no protection")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="TRACES.jsonl")
+    add_protection(parser)
     parser.add_argument("-n", "--n-predict", type=count, default=512, metavar="N", help="most tokens of a trace")
     parser.add_argument("-np", "--parallel", type=count, default=4, metavar="N", help="sequences decoded together")
     parser.add_argument("--raw", action="store_true", help="send string prompts as they are, without the chat template")

@@ -1,4 +1,4 @@
-"""`adlocal traces`: clean holdout traces from the plain teacher."""
+"""`adlocal traces`: many traces from a teacher, clean for a converter's holdout, or protected by a bundle."""
 
 from __future__ import annotations
 
@@ -44,6 +44,9 @@ def run(args: argparse.Namespace) -> None:
         n_parallel=args.parallel,
         n_threads=args.threads,
         n_gpu_layers=args.gpu_layers,
+        bundle=args.bundle,
+        strength=args.strength,
+        guard=args.guard,
     )
     with closing(teacher):
         prompts = _encode(rows, teacher, args.raw)
@@ -137,6 +140,8 @@ def _made_by(args: argparse.Namespace, teacher: ParallelLlama) -> dict[str, Any]
     """What the text depends on besides the prompt."""
     sampling = {"temp": 0.0} if args.temp == 0 else {**asdict(_sampling(args)), "seed": args.seed}
     settings = {"ctx_size": teacher.n_ctx, "n_predict": args.n_predict, "raw": args.raw, **sampling}
+    if teacher.pair is not None:
+        settings |= {"bundle": teacher.pair.bundle.id, "strength": teacher.strength, "guard": teacher.guard}
     return {"teacher": _identity(args.model), **settings}
 
 

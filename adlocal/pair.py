@@ -90,56 +90,21 @@ class ProxyPair:
         bundle = Bundle.open(directory)
         params = context_params(n_ctx, n_batch, n_outputs, n_threads, n_threads_batch, type_k, type_v)
         first, second = (directory / name for name in NAMES[bundle.format])
-        load = cls.load_adapter if bundle.format == ADAPTER else cls.load
-        return load(first, second, bundle, params, n_gpu_layers, teacher, verbose, epsilon)
+        return cls.load(first, second, bundle, params, n_gpu_layers, teacher, verbose, epsilon)
 
     @classmethod
     def load(
         cls,
-        plus: Path,
-        minus: Path,
-        bundle: Bundle,
-        params: llama_cpp.llama_context_params,
-        n_gpu_layers: int = 0,
-        teacher: LlamaModel | None = None,
-        verbose: bool = False,
-        epsilon: float | None = None,
-    ) -> ProxyPair:
-        """Loads two files as the halves of `bundle`, whatever their own metadata say. For the converter's sweep."""
-        return cls._load(
-            "adl_pair_init_from_files", plus, minus, bundle, params, n_gpu_layers, teacher, verbose, epsilon
-        )
-
-    @classmethod
-    def load_adapter(
-        cls,
-        base: Path,
-        adapter: Path,
-        bundle: Bundle,
-        params: llama_cpp.llama_context_params,
-        n_gpu_layers: int = 0,
-        teacher: LlamaModel | None = None,
-        verbose: bool = False,
-        epsilon: float | None = None,
-    ) -> ProxyPair:
-        """Loads a model and a LoRA adapter of ĝ as `bundle`, whatever their own metadata say."""
-        return cls._load(
-            "adl_pair_init_from_adapter", base, adapter, bundle, params, n_gpu_layers, teacher, verbose, epsilon
-        )
-
-    @classmethod
-    def _load(
-        cls,
-        init: str,
         first: Path,
         second: Path,
         bundle: Bundle,
         params: llama_cpp.llama_context_params,
-        n_gpu_layers: int,
-        teacher: LlamaModel | None,
-        verbose: bool,
-        epsilon: float | None,
+        n_gpu_layers: int = 0,
+        teacher: LlamaModel | None = None,
+        verbose: bool = False,
+        epsilon: float | None = None,
     ) -> ProxyPair:
+        """Loads two files as the halves of `bundle`, or a model and an adapter, whatever their own metadata say."""
         set_verbose(verbose)
         own = llama_cpp.llama_model_default_params()
         own.n_gpu_layers = 0x7FFFFFFF if n_gpu_layers == -1 else n_gpu_layers
@@ -148,11 +113,10 @@ class ProxyPair:
         pair_params = _native.PairParams(own, params, 0, epsilon or 0.0)
         scales = bundle.epsilon, bundle.delta_scale
         lib = _native.library()
+        init = lib.adl_pair_init_from_adapter if bundle.format == ADAPTER else lib.adl_pair_init_from_files
         with captured_log() as log:
             table, model = _native.llama_table(lib), teacher and ctypes.cast(teacher.model, ctypes.c_void_p)
-            handle = getattr(lib, init)(
-                ctypes.byref(table), os.fsencode(first), os.fsencode(second), *scales, model, pair_params
-            )
+            handle = init(ctypes.byref(table), os.fsencode(first), os.fsencode(second), *scales, model, pair_params)
         if handle is None:
             error = _native.error()
             raise type(error)(f"{error} ({last_line(log)})" if log else str(error))
@@ -218,16 +182,26 @@ class ProxyPair:
         Raises:
             ProxyError: llama.cpp refused the batch in either proxy. The memory is cleared: `sync` starts afresh.
         """
-        raw, self._rows = batch.batch, 0
-        n_rows = self._lib.adl_pair_decode(self.handle, raw)
+        n_rows = self.decode_sequences(batch)
+        self.tokens += batch.batch.token[: batch.batch.n_tokens]
+        return n_rows
+
+    def decode_sequences(self, batch: LlamaBatch) -> int:
+        """As `decode`, for a batch of any sequences, by a caller who keeps account of them: `tokens` knows of none."""
+        self._rows = 0
+        n_rows = self._lib.adl_pair_decode(self.handle, batch.batch)
         if n_rows < 0:
             error = _native.error()
             self.clear()
             raise error
-        self.tokens += raw.token[: raw.n_tokens]
         self.serial += 1
         self._rows = n_rows
         return self._rows
+
+    def remove_sequence(self, seq_id: int) -> None:
+        """Forgets all tokens of one sequence, for callers of `decode_sequences`."""
+        self._changed()
+        self._lib.adl_pair_memory_seq_rm(self.handle, seq_id, -1, -1)
 
     def sync(self, tokens: Sequence[int]) -> None:
         """Makes the memory hold exactly `tokens`: keeps the common prefix, drops the rest, decodes what is new."""

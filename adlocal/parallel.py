@@ -1,4 +1,4 @@
-"""Several sequences of a plain model decoded together in one llama.cpp context, with continuous batching.
+"""Several sequences of a model, plain or protected, decoded together in one llama.cpp context: continuous batching.
 
 A sequence that ends makes room for the next request at once. Every sequence has a stream of the KV cache to itself, so
 what is sampled for a request depends on the others only through rounding: llama.cpp picks kernels by batch size.
@@ -10,14 +10,17 @@ import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import llama_cpp
 from llama_cpp._internals import LlamaBatch, LlamaContext, LlamaModel, LlamaSampler
 from llama_cpp._logger import set_verbose
 
 from ._gguf import GGUFHeader, captured_log, last_line
-from .errors import AdlocalError, ModelError
-from .pair import context_params
+from .bundle import NAMES, Bundle
+from .calibration import resolve
+from .errors import AdlocalError, InputError, ModelError
+from .pair import ProxyPair, context_params
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,17 @@ class ParallelLlama:
         n_parallel: most sequences decoded together.
         n_threads: as in `llama_cpp.Llama`, for prompts too.
         n_gpu_layers: layers to offload, -1 for all.
+        flash_attn: as in `llama_cpp.Llama`.
+        bundle: what `adlocal convert` wrote, to protect what is generated; None for the plain model.
+        strength, guard: with a bundle, as in `AntidistillationLlama`.
+
+    Attributes:
+        pair: the bundle's proxies, or None.
+        strength, guard: those in force, 0 without a bundle.
 
     Raises:
         ModelError: llama.cpp refuses the file or the context; the message says why.
+        InputError: bundle, strength or guard cannot be used.
     """
 
     def __init__(
@@ -102,20 +113,45 @@ class ParallelLlama:
         n_parallel: int = 4,
         n_threads: int | None = None,
         n_gpu_layers: int = 0,
+        flash_attn: bool = False,
+        bundle: str | os.PathLike[str] | None = None,
+        strength: float | str | None = None,
+        guard: float | None = None,
     ) -> None:
+        self.strength, self.guard = 0.0, 0.0
+        if bundle is not None:  # before any weights are read
+            self.strength, self.guard = resolve(bundle, Bundle.open(bundle), path, strength, guard)
+        elif strength is not None or guard is not None:
+            raise InputError(f"strength={strength}, guard={guard}: they act through a bundle; give one")
         self.n_ctx = min(n_ctx, GGUFHeader(path).n_ctx_train or n_ctx)
         self.n_parallel = n_parallel
         self._n_batch = max(512, n_parallel)
-        params = context_params(self.n_ctx * n_parallel, self._n_batch, n_parallel, n_threads)
+        self._params = params = context_params(self.n_ctx * n_parallel, self._n_batch, n_parallel, n_threads)
         params.n_seq_max = n_parallel
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # as in llama_cpp.Llama, whose text this is
+        enabled, disabled = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.flash_attn_type = enabled if flash_attn else disabled
         self.model, self._context = _load(path, params, n_gpu_layers)
         self._batch = LlamaBatch(n_tokens=self._n_batch, embd=0, n_seq_max=1, verbose=False)
+        try:
+            self.pair = None if bundle is None else self._open_pair(Path(bundle), params, n_gpu_layers)
+        except BaseException:
+            self._close_teacher()
+            raise
 
     def close(self) -> None:
-        """Frees context and model."""
+        """Frees contexts and models."""
+        if self.pair is not None:
+            self.pair.close()
+        self._close_teacher()
+
+    def _close_teacher(self) -> None:
         self._batch.close()
         self.model.close()
+
+    def _open_pair(self, bundle: Path, params: llama_cpp.llama_context_params, n_gpu_layers: int) -> ProxyPair:
+        metadata = Bundle.open(bundle)
+        first, second = (bundle / name for name in NAMES[metadata.format])
+        return ProxyPair.load(first, second, metadata, params, n_gpu_layers, self.model)
 
     def generate(
         self, requests: Iterable[Request], sampling: Sampling, on_tokens: Callable[[int], None] = lambda n: None
@@ -133,6 +169,8 @@ class ParallelLlama:
         queue = iter(requests)
         slots: list[_Slot | None] = [None] * self.n_parallel
         self._context.kv_cache_clear()
+        if self.pair is not None:
+            self.pair.clear()
         while True:
             for seq_id, slot in enumerate(slots):
                 if slot is None and (request := next(queue, None)) is not None:
@@ -145,7 +183,7 @@ class ParallelLlama:
                 if (reason := self._sample(slot, row)) is not None:
                     slots[seq_id] = None
                     slot.sampler.close()
-                    self._context.kv_cache_seq_rm(seq_id, -1, -1)
+                    self._forget(seq_id)
                     yield Completion(slot.request.index, slot.sampled, reason)
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -183,11 +221,29 @@ class ParallelLlama:
             if not slot.pending:
                 batch.batch.logits[batch.n_tokens() - 1] = True
                 ready.append((seq_id, slot, batch.n_tokens() - 1))
-        if status := llama_cpp.llama_decode(self._context.ctx, batch.batch):
-            raise AdlocalError(
-                f"llama_decode of {len(busy)} sequences failed ({status}); try fewer, or a smaller context"
-            )
+        self._evaluate(len(busy), len(ready))
         return ready
+
+    def _evaluate(self, n_sequences: int, n_rows: int) -> None:
+        """Decodes the batch in all models, the proxies first: where one fails there are no plain logits to sample."""
+        if self.pair is not None and self.strength:
+            self.pair.decode_sequences(self._batch)
+        if status := llama_cpp.llama_decode(self._context.ctx, self._batch.batch):
+            raise AdlocalError(
+                f"llama_decode of {n_sequences} sequences failed ({status}); try fewer, or a smaller context"
+            )
+        if n_rows:
+            self._adjust(n_rows)
+
+    def _adjust(self, n_rows: int) -> None:
+        """Adjusts the teacher's rows of the batch that was decoded, in place."""
+        if self.pair is not None and self.strength:
+            self.pair.adjust(llama_cpp.llama_get_logits(self._context.ctx), self.strength, self.guard)
+
+    def _forget(self, seq_id: int) -> None:
+        self._context.kv_cache_seq_rm(seq_id, -1, -1)
+        if self.pair is not None:
+            self.pair.remove_sequence(seq_id)
 
     def _sample(self, slot: _Slot, row: int) -> str | None:
         """Samples the slot's next token and tells why it ends there, if it does."""

@@ -38,7 +38,7 @@ from adlocal import (
     _native,
 )
 from adlocal._gguf import GGUFHeader
-from adlocal.bundle import ADAPTER_NAME, BASE_NAME, MINUS_NAME, NAMES, PLUS_NAME, proxy_path
+from adlocal.bundle import ADAPTER, ADAPTER_NAME, BASE_NAME, MINUS_NAME, NAMES, PLUS_NAME, proxy_path
 from adlocal.cli import main
 from adlocal.pair import context_params
 from adlocal.verify import verify
@@ -197,11 +197,11 @@ def test_a_quantized_base_follows_the_same_direction(tiny_pairs: Pairs, tmp_path
     """
     quantize(tiny_pairs.base, tmp_path / "q8.gguf", "Q8_0", 1)
     halves = tiny_pairs.write_halves(tmp_path / "halves", 5 * EPSILON)
-    bundle, params = Bundle.open(halves), context_params(n_threads=1)
+    bundle, params = dataclasses.replace(Bundle.open(halves), format=ADAPTER), context_params(n_threads=1)
     adapter = tmp_path / "adapter.gguf"
     write_adapter(adapter, "llama", tiny_pairs.directions, [], tied=False)
     with (
-        ProxyPair.load_adapter(tmp_path / "q8.gguf", adapter, bundle, params) as ours,
+        ProxyPair.load(tmp_path / "q8.gguf", adapter, bundle, params) as ours,
         ProxyPair.open(halves, n_threads=1) as theirs,
     ):
         got, expected = (d - d.mean(axis=1, keepdims=True) for d in (ours.delta(TEXT), theirs.delta(TEXT)))
@@ -339,7 +339,7 @@ def test_a_file_that_llama_cpp_refuses_is_named(name: str, adapter_bundle: Path,
     bundle, params = Bundle.open(adapter_bundle), context_params(n_threads=1)
     paths = [adapter_bundle / (other if n == name else n) for n in NAMES["adapter"]]
     with pytest.raises(ModelError, match=rf"{other}: llama\.cpp cannot load this"):
-        ProxyPair.load_adapter(paths[0], paths[1], bundle, params)
+        ProxyPair.load(paths[0], paths[1], bundle, params)
 
 
 # Commands

@@ -73,7 +73,7 @@ class Capability:
             cache: directory of saved gradients.
             settings: of a computation.
         """
-        paths = {p: cache / f"{self._key(base_sha256, p)}.safetensors" for p in dict.fromkeys((params, "all"))}
+        paths = {p: self.saved_at(cache, base_sha256, p) for p in dict.fromkeys((params, "all"))}
         for path in paths.values():
             if saved := Gradient.open(path):
                 return saved
@@ -91,11 +91,12 @@ class Capability:
             stray.unlink()
         return gradient
 
-    def _key(self, base_sha256: str, params: str) -> str:
+    def saved_at(self, cache: Path, base_sha256: str, params: str) -> Path:
+        """Where the gradient over a selection of parameters is kept."""
         digest = hashlib.sha256(f"{_METHOD}\n{base_sha256}\n{params}\n".encode())
         for trace in self.learned:
             digest.update(repr((trace.tokens, trace.targets)).encode())
-        return digest.hexdigest()[:32]
+        return cache / f"{digest.hexdigest()[:32]}.safetensors"
 
 
 def cache_directory() -> Path:

@@ -145,7 +145,7 @@ class Adapter:
         if self._pair is None:
             base, adapter = self._paths
             params, layers = self._backend.params, self._backend.n_gpu_layers
-            self._pair = ProxyPair.load_adapter(base, adapter, provisional, params, layers)
+            self._pair = ProxyPair.load(base, adapter, provisional, params, layers)
         self._pair.set_epsilon(provisional.epsilon)
         yield self._pair
 

@@ -1,6 +1,7 @@
 #include "proxy.hpp"
 
 #include "error.hpp"
+#include <algorithm>
 
 #include <mutex>
 
@@ -50,11 +51,12 @@ Weights::Weights(const adl_llama & llama, const Source & source, const llama_mod
 }
 
 Proxy::Proxy(const adl_llama & llama, const Model & weights, const llama_context_params & params) : model(weights), llama_(llama) {
-    const int32_t n_ctx_train = llama_.llama_model_n_ctx_train(model.handle);
-    if (params.n_ctx > static_cast<uint32_t>(n_ctx_train)) {
-        throw Error{ADL_ERROR_MODEL, format("n_ctx=%u exceeds the %d tokens that the proxy was trained for; "
+    const uint32_t n_ctx_train = static_cast<uint32_t>(llama_.llama_model_n_ctx_train(model.handle));
+    const uint32_t n_streams   = params.kv_unified ? 1 : std::max(1u, params.n_seq_max); // sequences that share n_ctx evenly
+    if (const uint32_t n_ctx_seq = params.n_ctx / n_streams; n_ctx_seq > n_ctx_train) {
+        throw Error{ADL_ERROR_MODEL, format("n_ctx=%u exceeds the %u tokens that the proxy was trained for; "
                                             "ask for a smaller n_ctx, or convert a proxy with a longer context",
-                                            params.n_ctx, n_ctx_train)};
+                                            n_ctx_seq, n_ctx_train)};
     }
     const std::lock_guard<std::mutex> lock(creation);
     context = llama_.llama_init_from_model(model.handle, params);
