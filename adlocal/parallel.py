@@ -151,6 +151,7 @@ class ParallelLlama:
     def _open_pair(self, bundle: Path, params: llama_cpp.llama_context_params, n_gpu_layers: int) -> ProxyPair:
         metadata = Bundle.open(bundle)
         first, second = (bundle / name for name in NAMES[metadata.format])
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO  # as in the drop-in, whatever the teacher's is
         return ProxyPair.load(first, second, metadata, params, n_gpu_layers, self.model)
 
     def generate(

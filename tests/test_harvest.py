@@ -10,16 +10,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import llama_cpp
 import pytest
 import tiny
 import torch
+from adlocal_convert.convert import convert
+from adlocal_convert.options import Options
+from faults import Faults
+from llama_cpp._internals import LlamaSampler
 
+from adlocal import AdlocalError, AntidistillationLlama, Bundle, ProxyError, ProxyPair, parallel
 from adlocal.cli import main
 from adlocal.harvest import derive_seed
+from adlocal.pair import context_params
 from adlocal.parallel import ParallelLlama, Request, Sampling
 from adlocal.traces import TraceEncoder, open_vocabulary, read_traces
 
@@ -40,15 +47,15 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(teacher: Path) -> Any:
     """The oracle: llama-cpp-python, one prompt after another."""
-    with closing(llama_cpp.Llama(str(teacher), n_ctx=N_CTX, n_threads=1, verbose=False)) as llm:
+    with closing(llama_cpp.Llama(str(teacher), n_ctx=N_CTX, n_threads=1, n_threads_batch=1, verbose=False)) as llm:
         yield llm
 
 
-def alone(plain: Any, tokens: list[int], n: int, **sampling: Any) -> tuple[list[int], str]:
+def alone(plain: Any, tokens: list[int], n: int, temp: float = 0.0, **sampling: Any) -> tuple[list[int], str]:
     """What llama-cpp-python generates after these tokens."""
     plain.reset()
     said: list[int] = []
-    for token in plain.generate(tokens, **sampling):
+    for token in plain.generate(tokens, temp=temp, **sampling):
         if token == tiny.EOS:
             return said, "stop"
         said.append(token)
@@ -90,6 +97,103 @@ def test_sequences_decoded_together_are_those_of_plain_llama(
     assert {reason for _, reason in expected.values()} == {"stop", "length"}
     assert max(n_sampled) == n_parallel
     assert sum(n_sampled) == sum(len(tokens) + (reason == "stop") for tokens, reason in expected.values())
+
+
+# Under protection
+
+N_CTX_PROXY = 256
+SHORT = [
+    Request(i, [tiny.BOS, *((37 * n + j * j) % 256 for j in range(n))], n_predict=n_predict, seed=100 + i)
+    for i, (n, n_predict) in enumerate([(3, 24), (200, 9), (40, 17), (1, 30), (90, 5), (7, 21), (33, 12)])
+]
+STRENGTH = 6.0
+
+
+@pytest.fixture
+def exact_kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """No flash attention and no F16 cache in any context; the arguments that `AntidistillationLlama` needs for that.
+
+    Both round to some 3e-4, and Δ multiplies that by 1 / 2ε = 35: as batches differ, so would sampled text.
+    """
+    f32, load = llama_cpp.GGML_TYPE_F32, ProxyPair.load
+
+    def load_exact(first: Path, second: Path, bundle: Bundle, params: Any, *rest: Any) -> ProxyPair:
+        params.type_k, params.type_v = f32, f32
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        return load(first, second, bundle, params, *rest)
+
+    monkeypatch.setattr(ProxyPair, "load", load_exact)
+    monkeypatch.setattr(parallel, "context_params", partial(context_params, type_k=f32, type_v=f32))
+    return {"type_k": f32, "type_v": f32, "flash_attn": False, "n_threads": 1, "n_threads_batch": 1}
+
+
+@pytest.mark.parametrize("guard", [0.0, 0.5])  # the tiny teacher is so unsure that all its tokens pass 0.05
+@pytest.mark.parametrize("temp", [0.0, 1.5], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("kind", ["tiny_bundle", "adapter_bundle"], ids=["halves", "adapter"])
+def test_protected_sequences_are_those_of_the_drop_in(
+    kind: str, temp: float, guard: float, teacher: Path, exact_kernels: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    """Token by token, also where three slots take seven requests: proxies that kept the tokens of a sequence that
+    ended, or took another's, would say otherwise."""
+    bundle, sampling = request.getfixturevalue(kind), Sampling(temp, top_k=50, top_p=0.98, min_p=0.01)
+    protection = {"bundle": bundle, "strength": STRENGTH, "guard": guard, "n_ctx": N_CTX_PROXY, "n_threads": 1}
+    expected: dict[int, Any] = {}
+    unprotected: dict[int, Any] = {}
+    with closing(AntidistillationLlama(str(teacher), verbose=False, **{**protection, **exact_kernels})) as llm:
+        for asked, strength, said in [(a, s, d) for a in SHORT for s, d in ((STRENGTH, expected), (0.0, unprotected))]:
+            llm.strength = strength
+            llm.set_seed(asked.seed)
+            said[asked.index] = alone(llm, list(asked.tokens), asked.n_predict, **asdict(sampling))
+    assert sum(expected[i] != unprotected[i] for i in expected) > 3, "protection has to show"
+    for n_parallel in (1, 3):
+        with closing(ParallelLlama(teacher, n_parallel=n_parallel, **protection)) as many:
+            assert (many.strength, many.guard) == (STRENGTH, guard)
+            for _ in range(2):  # the second time over what the first left
+                done = {each.index: (each.tokens, each.finish_reason) for each in many.generate(SHORT, sampling)}
+                assert done == expected
+
+
+def test_strength_0_is_the_plain_teacher(teacher: Path, plain: Any, tiny_bundle: Path) -> None:
+    """And costs nothing: the proxies are not evaluated."""
+    with closing(
+        ParallelLlama(teacher, n_ctx=N_CTX_PROXY, n_parallel=3, n_threads=1, bundle=tiny_bundle, strength=0.0)
+    ) as llm:
+        done = {each.index: (each.tokens, each.finish_reason) for each in llm.generate(SHORT, Sampling())}
+        with pytest.raises(ProxyError, match="no evaluated rows"):
+            cast(ProxyPair, llm.pair).rows()
+    assert done == {a.index: alone(plain, list(a.tokens), a.n_predict, temp=0.0) for a in SHORT}
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("fault", ["failing", "computing nonsense"])
+def test_a_proxy_that_fails_has_nothing_sampled(
+    fault: str, half: int, teacher: Path, tiny_bundle: Path, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And when it works again, so does everything."""
+    decoded: list[int] = []
+    sampled: list[int] = []
+    sample = LlamaSampler.sample
+
+    def counting(self: LlamaSampler, ctx: Any, idx: int = -1) -> int:
+        sampled.append(idx)
+        return sample(self, ctx, idx)
+
+    monkeypatch.setattr(LlamaSampler, "sample", counting)
+    with closing(
+        ParallelLlama(teacher, n_ctx=N_CTX_PROXY, n_parallel=2, n_threads=1, bundle=tiny_bundle, strength=STRENGTH)
+    ) as llm:
+        before = list(llm.generate(SHORT, Sampling()))
+        completions = llm.generate(SHORT, Sampling(), decoded.append)
+        assert next(completions) == before[0]
+        context = cast(ProxyPair, llm.pair).contexts[half]
+        breaking = faults.failing(context) if fault == "failing" else faults.computing(context, float("nan"))
+        n_decoded = sum(decoded)
+        sampled.clear()
+        with breaking, pytest.raises(AdlocalError, match="emitted"):
+            list(completions)
+        assert sum(decoded) == n_decoded, "rows were handed out"
+        assert len(sampled) <= 1, "the other row of the last good decode, and no more"
+        assert list(llm.generate(SHORT, Sampling())) == before
 
 
 def test_the_context_ends_a_sequence(teacher: Path) -> None:
@@ -366,6 +470,113 @@ def command(argv: list[object]) -> subprocess.Popen[str]:
         # Tests that run in the background hand down that Ctrl-C is to be ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )
+
+
+# Protected traces
+
+
+def test_protected_traces_are_what_the_drop_in_says(
+    traces: Traces, teacher: Path, tiny_bundle: Path, tmp_path: Path, exact_kernels: dict[str, Any]
+) -> None:
+    """And say so in every row; without a bundle nothing is said of one."""
+    protection = ["--bundle", tiny_bundle, "--strength", 6, "--guard", 0]
+    out = tmp_path / "traces.jsonl"
+    traces(ROWS)
+    clean = rows_of(out)
+    status, _, told = traces(ROWS, *protection, "--overwrite", "-np", 3)
+    assert status == 0, told
+    found = rows_of(out)
+    with closing(
+        AntidistillationLlama(
+            str(teacher), bundle=tiny_bundle, strength=6.0, guard=0.0, n_ctx=256, verbose=False, **exact_kernels
+        )
+    ) as llm:
+        for row in found:
+            tokens, reason = alone(llm, llm.tokenize(asked(row["prompt"]).encode(), add_bos=False, special=True), 16)
+            said = llm.detokenize(tokens).decode(errors="ignore")
+            assert (row["completion"], row["finish_reason"], row["n_tokens"]) == (said, reason, len(tokens))
+    assert sum(a["completion"] != b["completion"] for a, b in zip(clean, found, strict=True)) > 4
+    settings = {"bundle": Bundle.open(tiny_bundle).id, "strength": 6.0, "guard": 0.0}
+    for row, other in zip(found, clean, strict=True):
+        assert row["generated_by"] == {**other["generated_by"], **settings}
+
+
+@pytest.mark.parametrize("rows_left", [0, 4])
+@pytest.mark.usefixtures("exact_kernels")
+def test_protected_traces_are_resumed(rows_left: int, traces: Traces, tiny_bundle: Path, tmp_path: Path) -> None:
+    """With the same text, whatever was sampled beside it the first time."""
+    out, sampling = tmp_path / "traces.jsonl", ["--temp", 1.0, "--bundle", tiny_bundle, "--strength", 6]
+    traces(ROWS, *sampling, "-np", 1)
+    whole = out.read_bytes()
+    out.write_bytes(b"".join(whole.splitlines(keepends=True)[:rows_left]) + b'{"id"')
+    status, report, _ = traces(ROWS, *sampling, "-np", 3, "--json")
+    assert (status, out.read_bytes()) == (0, whole)
+    assert json.loads(report)["resumed"] == rows_left
+
+
+OTHER_PROTECTION: dict[str, tuple[list[object], str]] = {
+    "strength": (["--strength", 5], "was made with strength 6.0, this run has 5.0"),
+    "guard": (["--guard", 0.1], "was made with guard 0.05, this run has 0.1"),
+    "bundle": (["--bundle", "other_bundle"], "was made with bundle "),
+}
+
+
+@pytest.fixture(scope="module")
+def other_bundle(tiny_llama: Path, tiny_traces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the same proxy and traces, with fewer carriers."""
+    out = tmp_path_factory.mktemp("other") / "bundle"
+    convert(Options(str(tiny_llama), {"traces": tiny_traces}, out, carriers=0.6, n_threads=1), lambda line: None)
+    return out
+
+
+@pytest.mark.parametrize(("argv", "words"), OTHER_PROTECTION.values(), ids=OTHER_PROTECTION)
+def test_traces_of_another_protection_are_refused(
+    argv: list[object], words: str, traces: Traces, tiny_bundle: Path, other_bundle: Path, tmp_path: Path
+) -> None:
+    """Neither continued nor overwritten; plain traces are no beginning of protected ones, nor the other way round."""
+    out, protection = tmp_path / "traces.jsonl", ["--bundle", tiny_bundle, "--strength", 6]
+    traces(ROWS, *protection)
+    before = out.read_bytes()
+    status, _, told = traces(ROWS, *protection, *(other_bundle if a == "other_bundle" else a for a in argv))
+    assert (status, out.read_bytes()) == (2, before)
+    assert f"traces.jsonl:1: {words}" in told
+    status, _, told = traces(ROWS)
+    assert (status, out.read_bytes()) == (2, before)
+    assert "was made with bundle " in told
+    traces(ROWS, "--overwrite")
+    clean = out.read_bytes()
+    assert traces(ROWS, *protection)[0] == 2
+    assert out.read_bytes() == clean
+
+
+PROTECTION_REFUSED: dict[str, tuple[list[object], str]] = {
+    "strength alone": (["--strength", 6], "strength=6.0, guard=None: they act through a bundle; give one"),
+    "guard alone": (["--guard", 0.1], "strength=None, guard=0.1: they act through a bundle; give one"),
+    "strength": (["--bundle", "tiny_bundle", "--strength", -1], "strength=-1.0: give nats from 0 (the plain teacher)"),
+    "guard": (["--bundle", "tiny_bundle", "--guard", 2], "guard=2.0: give a share of the top token's probability"),
+    "no bundle": (["--bundle", "nowhere"], "nowhere: no such bundle directory"),
+    "not calibrated": (["--bundle", "tiny_bundle", "--strength", "calibrated"], "has no calibration; run `adlocal"),
+    "context": (["--bundle", "tiny_bundle", "-c", 1024], "exceeds the 256 tokens that the proxy was trained for"),
+}
+
+
+@pytest.mark.parametrize(("argv", "words"), PROTECTION_REFUSED.values(), ids=PROTECTION_REFUSED)
+def test_protection_that_cannot_be_had_is_told_in_a_line(
+    argv: list[object],
+    words: str,
+    teacher: Path,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing is written."""
+    given = [tiny_bundle if a == "tiny_bundle" else a for a in argv]
+    prompts, out = lines_of(tmp_path / "prompts.jsonl", *ROWS), tmp_path / "traces.jsonl"
+    assert main([str(a) for a in arguments(teacher, prompts, out, *given)]) == 2
+    (told,) = capfd.readouterr().err.splitlines()
+    assert told.startswith("adlocal traces: ")
+    assert words in told
+    assert not out.exists()
 
 
 # What is refused, and what is skipped

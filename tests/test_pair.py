@@ -19,7 +19,7 @@ from llama_cpp._internals import LlamaBatch
 
 from adlocal import BundleError, InputError, ModelError, ProxyError, ProxyPair
 from adlocal.adjust import delta, expectation
-from adlocal.bundle import MINUS_NAME, PLUS_NAME
+from adlocal.bundle import MINUS_NAME, PLUS_NAME, Bundle
 from adlocal.pair import context_params
 
 Rows = npt.NDArray[np.float32]
@@ -286,6 +286,28 @@ def test_the_context_is_the_trained_length_by_default(pair: ProxyPair) -> None:
 def test_a_context_longer_than_trained_for_is_refused(tiny_bundle: Path) -> None:
     with pytest.raises(ModelError, match="n_ctx=512 exceeds the 256 tokens that the proxy was trained for; ask for"):
         ProxyPair.open(tiny_bundle, n_ctx=512)
+
+
+@pytest.mark.parametrize("n_parallel", [1, 3])
+def test_sequences_share_the_context_evenly(n_parallel: int, tiny_bundle: Path) -> None:
+    """Each may have as many tokens as the proxy was trained for; llama.cpp rounds shares up, to 256 at a time."""
+    files = tiny_bundle / PLUS_NAME, tiny_bundle / MINUS_NAME, Bundle.open(tiny_bundle)
+    params = context_params(n_parallel * 256, n_outputs=1, n_threads=1)
+    params.n_seq_max = n_parallel
+    with (
+        ProxyPair.load(*files, params) as pair,
+        closing(LlamaBatch(n_tokens=1, embd=0, n_seq_max=1, verbose=False)) as batch,
+    ):
+        for seq_id in range(n_parallel):
+            batch.set_batch([65], 255, False)
+            batch.batch.seq_id[0][0] = seq_id
+            assert pair.decode_sequences(batch) == 1
+    params.n_ctx += 256
+    with pytest.raises(
+        ModelError,
+        match=f"n_ctx={params.n_ctx // n_parallel} exceeds the 256 tokens that the proxy was trained for; ask for",
+    ):
+        ProxyPair.load(*files, params)
 
 
 @pytest.mark.parametrize("n", [0, 257])
