@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-native-sanitize lint fidelity qualities bench-gradient clean
+.PHONY: help setup demo lab test test-native-sanitize lint fidelity qualities bench-gradient clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -14,6 +14,9 @@ setup:  ## Create .venv and install everything in it (instant when up to date)
 
 demo: setup  ## Protect a small real model and show the difference
 	@$(BIN)/adlocal demo
+
+lab: setup  ## Train, protect and distil tiny models, and see what a copy is worth (12 minutes)
+	@$(BIN)/python -m examples.lab quick
 
 test: lint  ## Run everything that CI runs: lint, types, tests
 	$(BIN)/python -m pytest

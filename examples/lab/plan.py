@@ -1,0 +1,235 @@
+"""What is run: defences at matched teacher accuracy, attackers, and the hypotheses of NOTES.md."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adlocal import Bundle as Metadata
+
+from .bundles import Bundle
+from .defences import Kind
+from .exact import Exact
+from .stages import Stage
+from .students import Attack, Student
+from .traces import Traces
+from .world import World
+
+GUARD = 0.05
+COST = 0.10
+N_RANDOM = 5
+QUICK_SEEDS, FULL_SEEDS = (0,), (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One student, and what it is called in the report.
+
+    Attributes:
+        world: whose models and data it is of.
+        defence: what the traces were made with.
+        attack: what the attacker did with them.
+        student: the stage.
+        exact: of the proxies, where Δ is compared with float64.
+        cost: teacher accuracy that the defence was to give up, or None.
+        exact: where Δ of the proxies is compared with float64, or None.
+    """
+
+    world: World
+    defence: str
+    attack: str
+    student: Student
+    cost: float | None = None
+    exact: Exact | None = None
+
+    @property
+    def stages(self) -> list[Stage]:
+        """What has to be done for it."""
+        return [self.student, *([self.exact] if self.exact else [])]
+
+
+def quick() -> list[Entry]:
+    """One seed: every control beside the method, at one cost, for a naive attacker."""
+    return [entry for seed in QUICK_SEEDS for entry in _compared(World(seed))]
+
+
+def full() -> list[Entry]:
+    """Three seeds: more proxies, more costs, and the attackers."""
+    return [entry for part in (_compared, _attacked, _varied) for seed in FULL_SEEDS for entry in part(World(seed))]
+
+
+def hypotheses() -> list[Entry]:
+    """One seed: what NOTES.md asks, beside what it is compared with."""
+    world = World(0)
+    return [*_compared(world), *_asked(world)]
+
+
+def _compared(world: World) -> Iterator[Entry]:
+    """The method among its controls."""
+    gradient = Bundle(world.proxy, world.holdout)
+    yield Entry(world, "clean", "naive", Student(world.base, (world.clean,)))
+    alone = Traces(world.teacher, world.clean.prompts, "guarded", guard=GUARD, n=world.n_traces)
+    yield Entry(world, "guard alone", "naive", Student(world.base, (alone,)))
+    yield _naive(world, "temperature", matched(world, "plain"))
+    yield _naive(world, "antidistillation", matched(world, "bundle", gradient))
+    guarded = _naive(world, "antidistillation, guarded", matched(world, "bundle", gradient, GUARD))
+    yield dataclasses.replace(guarded, exact=Exact(gradient, world.proxy, world.clean))
+    yield _naive(world, "permuted", matched(world, "permuted", gradient))
+    yield _naive(world, "permuted, guarded", matched(world, "permuted", gradient, GUARD))
+    for i in range(N_RANDOM):
+        direction = Bundle(world.proxy, world.holdout, random=i)
+        yield _naive(world, f"random {i + 1}, guarded", matched(world, "bundle", direction, GUARD))
+
+
+def _varied(world: World) -> Iterator[Entry]:
+    """Other directions and proxies at the same cost, and the method at lower costs."""
+    gradient = Bundle(world.proxy, world.holdout)
+    random = Bundle(world.proxy, world.holdout, random=0)
+    others = {
+        "linear, guarded": Bundle(world.proxy, world.holdout, params="linear"),
+        "own proxy, guarded": Bundle(world.base, world.holdout),
+        "smaller proxy, guarded": Bundle(world.smaller, world.holdout),
+        "larger proxy, guarded": Bundle(world.larger, world.holdout),
+        "F16 proxy, guarded": Bundle(world.proxy, world.holdout, quant="F16"),
+        "Q8_0 proxy, guarded": Bundle(world.proxy, world.holdout, quant="Q8_0"),
+    }
+    for name, bundle in others.items():
+        exact = Exact(bundle, world.proxy, world.clean) if bundle.quant else None
+        yield dataclasses.replace(_naive(world, name, matched(world, "bundle", bundle, GUARD)), exact=exact)
+    yield _naive(world, "experts", matched(world, "experts", gradient, strength=0.5))
+    yield _naive(world, "random 1", matched(world, "bundle", random))
+    for cost in (0.05, 0.02):
+        yield _naive(world, "temperature", matched(world, "plain", cost=cost), cost)
+        yield _naive(world, "antidistillation, guarded", matched(world, "bundle", gradient, GUARD, cost=cost), cost)
+    yield _naive(world, "random 1, guarded", matched(world, "bundle", random, GUARD, cost=0.05), 0.05)
+    yield _naive(world, "permuted, guarded", matched(world, "permuted", gradient, GUARD, cost=0.05), 0.05)
+
+
+def _attacked(world: World) -> Iterator[Entry]:
+    """Attackers who do something with the traces, and what they would have without any protected trace."""
+    gradient = Bundle(world.proxy, world.holdout)
+    defended = {
+        "temperature": matched(world, "plain"),
+        "antidistillation": matched(world, "bundle", gradient),
+        "antidistillation, guarded": matched(world, "bundle", gradient, GUARD),
+        "random 1, guarded": matched(world, "bundle", Bundle(world.proxy, world.holdout, random=0), GUARD),
+    }
+    for name, traces in defended.items():
+        yield from _attacks(world, name, traces, ATTACKS if name == "antidistillation, guarded" else ATTACKS[:1])
+    for share in (0.10, 0.25, 0.50):
+        student = Student(world.base, (), clean=world.clean, share=share)
+        yield Entry(world, "no protected traces", f"{share:.0%} clean alone", student)
+
+
+ATTACKS: tuple[tuple[str, Attack, float], ...] = (
+    ("right answers", "right answers", 0.0),
+    ("perplexity", "perplexity", 0.0),
+    ("answer only", "answer only", 0.0),
+    ("10% clean", "naive", 0.10),
+    ("25% clean", "naive", 0.25),
+    ("50% clean", "naive", 0.50),
+    ("reweighted, 10% clean", "reweighted", 0.10),
+    ("majority of 3", "majority", 0.0),
+)
+
+
+def _attacks(
+    world: World, defence: str, traces: Traces, attacks: Sequence[tuple[str, Attack, float]]
+) -> Iterator[Entry]:
+    for name, attack, share in attacks:
+        clean = world.clean if share else None
+        again = dataclasses.replace(traces, cost=None, clean=None, like=traces, k=3)
+        student = Student(world.base, (again if attack == "majority" else traces,), attack, clean, share)
+        yield Entry(world, defence, name, student, COST)
+
+
+def _asked(world: World) -> Iterator[Entry]:
+    """Beyond the paper, one run each."""
+    gradient = Bundle(world.proxy, world.holdout)
+    own = Traces(world.teacher, f"{world.seed} own", n=world.n_traces)  # clean traces for whoever prepares the bundle
+    short, whole = (Student(world.proxy, (own,), n_epochs=n) for n in (1, 4))
+    other = Bundle(world.larger, world.holdout)
+    bundles = {
+        "gradient along a path": Bundle(world.proxy, world.holdout, along=(short, whole)),
+        "proxy at the end of fine-tuning": Bundle(whole, world.holdout),
+    }
+    for name, bundle in bundles.items():
+        yield _naive(world, f"{name}, guarded", matched(world, "bundle", bundle, GUARD))
+    several = dataclasses.replace(matched(world, "mixed", gradient, GUARD), others=(other,))
+    yield _naive(world, "two proxies, guarded", several)
+    kinds: tuple[tuple[Kind, float], ...] = (("entropy", 2.0), ("sparse", 4.0), ("capped", 0.2))
+    for kind, strength in kinds:
+        yield _naive(world, f"{kind}, guarded", matched(world, kind, gradient, GUARD, strength=strength))
+    for guard in (0.01, 0.2):
+        yield _naive(world, f"guard {guard}", matched(world, "bundle", gradient, guard))
+    yield Entry(world, "re-aimed, guarded", "naive", _re_aimed(world, gradient), COST)
+    for entry in _compared(World(world.seed, easy=0.9)):
+        if entry.defence in ("clean", "temperature", "antidistillation, guarded"):
+            yield dataclasses.replace(entry, defence=f"{entry.defence}, base saw everything")
+
+
+def _re_aimed(world: World, gradient: Bundle) -> Student:
+    """The second half of the traces follows the gradient at a proxy that was trained on the first half."""
+    first = dataclasses.replace(matched(world, "bundle", gradient, GUARD), n=world.n_traces // 2)
+    aimed = Bundle(Student(world.proxy, (first,)), world.holdout)
+    second = dataclasses.replace(
+        matched(world, "bundle", aimed, GUARD), n=world.n_traces // 2, prompts=f"{world.seed} second half"
+    )
+    return Student(world.base, (first, second))
+
+
+def matched(
+    world: World,
+    kind: Kind,
+    bundle: Bundle | None = None,
+    guard: float = 0.0,
+    cost: float = COST,
+    strength: float | None = None,
+) -> Traces:
+    """Traces of a defence at the strength, or temperature, that costs the teacher `cost` of its accuracy."""
+    start = strength or (2.0 if guard else 0.5)
+    prompts, clean = world.clean.prompts, world.clean
+    temperature = 0.8 if kind == "plain" else 0.5
+    return Traces(world.teacher, prompts, kind, start, guard, temperature, bundle, cost, clean, n=world.n_traces)
+
+
+def _naive(world: World, defence: str, traces: Traces, cost: float = COST) -> Entry:
+    return Entry(world, defence, "naive", Student(world.base, (traces,)), cost)
+
+
+def results(entries: Sequence[Entry], root: Path) -> list[dict[str, Any]]:
+    """A row of results for every entry whose stages are done; what `report` reads."""
+    return [_row(entry, root) for entry in entries if all(stage.is_done(root) for stage in entry.stages)]
+
+
+def _row(entry: Entry, root: Path) -> dict[str, Any]:
+    world, student = entry.world, entry.student
+    graded, clean = student.read(root, "result.json"), world.clean.read(root, "summary.json")
+    traces = student.traces[-1] if student.traces else world.clean
+    summary = traces.read(root, "summary.json")
+    bundle = traces.bundle
+    return {
+        "seed": world.seed,
+        "defence": entry.defence,
+        "attack": entry.attack,
+        "cost": entry.cost,
+        "teacher": summary["accuracy"],
+        "teacher_n": summary["n"],
+        "clean": clean["accuracy"],
+        "base": world.base.read(root, "accuracy.json")["accuracy"],
+        "student": graded["accuracy"],
+        "n_test": graded["n"],
+        "right": graded["right"],
+        **{name: summary[name] for name in ("strength", "guard", "temperature", "search", "words", "ended")},
+        "n_examples": graded["n_examples"],
+        "n_steps": graded["n_steps"],
+        "losses": student.read(root, "losses.json"),
+        "cosine": entry.exact.read(root, "exact.json") if entry.exact else None,
+        "fidelity": Metadata.open(bundle.path(root) / "bundle").fidelity_median if bundle else None,
+        "traces": f"stages/{traces.key}/traces.jsonl",
+        "key": student.key,
+        "settings": repr(student),
+    }

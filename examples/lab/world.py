@@ -1,0 +1,54 @@
+"""The models of one seed: teacher, the attacker's base, and proxies, each with weights and data of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .models import LARGER, PROXY, SMALLER, STUDENT, TEACHER, Pretrained
+from .traces import N_TRACES, Traces
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything is redrawn with another seed, but for the test problems.
+
+    Attributes:
+        seed: of everything.
+        easy: share of the problems with + and − alone that a base and the proxies learned from; at 1 they have never
+            seen a doubling or a tripling.
+        n_steps: of a base or a proxy; a teacher takes more.
+        n_traces: that an attacker collects.
+    """
+
+    seed: int
+    easy: float = 1.0
+    n_steps: int = 2000
+    n_traces: int = N_TRACES
+
+    @property
+    def teacher(self) -> Pretrained:
+        return Pretrained(TEACHER, f"{self.seed} teacher", easy=0.0, n_steps=self.n_steps * 13 // 10, least=0.97)
+
+    @property
+    def base(self) -> Pretrained:
+        return Pretrained(STUDENT, f"{self.seed} student", self.easy, n_steps=self.n_steps)
+
+    @property
+    def proxy(self) -> Pretrained:
+        return Pretrained(PROXY, f"{self.seed} proxy", self.easy, n_steps=self.n_steps)
+
+    @property
+    def smaller(self) -> Pretrained:
+        return Pretrained(SMALLER, f"{self.seed} smaller", self.easy, n_steps=self.n_steps)
+
+    @property
+    def larger(self) -> Pretrained:
+        return Pretrained(LARGER, f"{self.seed} larger", self.easy, n_steps=self.n_steps)
+
+    @property
+    def clean(self) -> Traces:
+        return Traces(self.teacher, f"{self.seed} prompts", n=self.n_traces)
+
+    @property
+    def holdout(self) -> Traces:
+        return Traces(self.teacher, f"{self.seed} holdout", n=self.n_traces // 5)
