@@ -21,7 +21,6 @@ from adlocal.parallel import Completion
 from adlocal.resumable import Output
 from examples.lab import real
 from examples.lab.lora import Student, Trace, Tuning
-from examples.lab.real_report import difference, wilson
 from examples.lab.real_stages import Problem, Runtime, Teaching, Tuned, read_problems
 
 PROBLEMS = [{"question": f"What is {i} + {i + 4}?", "answer": f"{i} + {i + 4}\n#### {2 * i + 4}"} for i in range(9)]
@@ -242,14 +241,6 @@ def test_final_answers(text: str, is_right: bool) -> None:
 
 def test_large_answers_with_commas() -> None:
     assert Problem(json.dumps({"question": "?", "answer": "#### 1,072"})).is_right("She has $1072 left.")
-
-
-def test_intervals() -> None:
-    """Wilson's for 8 of 10, and the first example of Newcombe (1998), method 10."""
-    assert wilson(8, 10) == pytest.approx((0.490, 0.943), abs=5e-4)
-    assert wilson(0, 5)[0] == 0
-    answers = [[True] * right + [False] * (n - right) for right, n in ((56, 70), (48, 80))]
-    assert difference(*answers) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def wilson(right: Sequence[bool]) -> Interval:
     n, p = len(right), sum(right) / len(right)
     centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-    return Interval(p, centre - half, centre + half)
+    return Interval(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)))  # rounding aside
 
 
 def over_seeds(values: Sequence[float]) -> Interval:

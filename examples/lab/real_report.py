@@ -12,7 +12,8 @@ from typing import Any
 from adlocal import _plot
 from adlocal._files import written_whole
 
-_Z = 1.959964  # two-sided 95%
+from .intervals import paired, wilson
+
 _COLOURS = {"base": _plot.GREY, "clean": _plot.BLUE, "protected": _plot.ORANGE}
 _EXCERPT = 600  # characters of an example
 _CAVEAT = (
@@ -39,27 +40,6 @@ class Graded:
     right: Sequence[bool]
     n_examples: int
     losses: Sequence[float]
-
-
-def wilson(n_right: int, n: int) -> tuple[float, float]:
-    """The 95% interval of a share, n_right of n, by Wilson's score."""
-    share, z2 = n_right / n, _Z * _Z
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float, float]:
-    """Accuracy of a less that of b, with Newcombe's 95% interval from the two of Wilson.
-
-    It takes the answers for independent: on the same problems it is a little too wide.
-    """
-    shares = [sum(right) / len(right) for right in (a, b)]
-    (low_a, high_a), (low_b, high_b) = (wilson(sum(right), len(right)) for right in (a, b))
-    mean = shares[0] - shares[1]
-    low = mean - math.hypot(shares[0] - low_a, high_b - shares[1])
-    high = mean + math.hypot(high_a - shares[0], shares[1] - low_b)
-    return mean, low, high
 
 
 def results(taught: Sequence[Taught], graded: Sequence[Graded], settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -126,8 +106,8 @@ def markdown(found: Sequence[dict[str, Any]], taught: Sequence[Taught]) -> str:
 
 
 def _accuracy(right: Sequence[bool]) -> dict[str, Any]:
-    low, high = wilson(sum(right), len(right))
-    return {"accuracy": sum(right) / len(right), "low": low, "high": high, "n": len(right), "right": list(right)}
+    at = wilson(right)
+    return {"accuracy": at.value, "low": at.low, "high": at.high, "n": len(right), "right": list(right)}
 
 
 def _teacher_cells(row: dict[str, Any]) -> list[str]:
@@ -148,7 +128,8 @@ def _accuracy_cells(row: dict[str, Any]) -> list[str]:
 
 
 def _verdict(students: dict[str, dict[str, Any]]) -> str:
-    mean, low, high = difference(students["protected"]["right"], students["clean"]["right"])
+    found = paired(students["protected"]["right"], students["clean"]["right"])
+    mean, low, high = found.value, found.low, found.high
     verdict = "lower" if high < 0 else "higher" if low > 0 else "not told apart"
     return (
         f"The student of protected traces less that of clean ones, on the same problems: {100 * mean:+.1f} points "
