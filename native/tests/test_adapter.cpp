@@ -203,8 +203,8 @@ TEST(what_llama_cpp_refuses_leaves_nothing) {
         check_no_pair(ADL_ERROR_PROXY, in == 1 ? "at ε=0.01: llama_set_adapters_lora" : "at ε=-0.01: llama_set_adapters_lora");
     }
     install_adapter();
-    fake::file(BASE).n_ctx_train = 127;
-    check_no_pair(ADL_ERROR_MODEL, "n_ctx=128 exceeds the 127 tokens");
+    fake::file(BASE).n_ctx_train = 31; // of the 128 that four sequences share
+    check_no_pair(ADL_ERROR_MODEL, "n_ctx=32 exceeds the 31 tokens");
 }
 
 TEST(an_epsilon_that_llama_cpp_refuses_is_not_half_in_force) {

@@ -383,13 +383,26 @@ TEST(what_llama_cpp_cannot_load) {
     }
 }
 
+// Four sequences share 128 tokens of context evenly.
 TEST(more_context_than_a_proxy_was_trained_for) {
     for (const char * path : {PLUS, MINUS}) {
         install();
-        fake::file(path).n_ctx_train = 127;
-        check_no_pair(ADL_ERROR_MODEL, "n_ctx=128 exceeds the 127 tokens");
-        fake::file(path).n_ctx_train = 128;
+        fake::file(path).n_ctx_train = 31;
+        check_no_pair(ADL_ERROR_MODEL, "n_ctx=32 exceeds the 31 tokens");
+        fake::file(path).n_ctx_train = 32;
         Host host;
+    }
+}
+
+TEST(one_sequence_may_fill_a_unified_context) {
+    adl_pair_params unified    = params();
+    unified.context.kv_unified = true;
+    adl_pair_params single     = params();
+    single.context.n_seq_max   = 1;
+    for (const adl_pair_params & p : {unified, single}) {
+        install();
+        fake::file(PLUS).n_ctx_train = 127;
+        check_no_pair(ADL_ERROR_MODEL, "n_ctx=128 exceeds the 127 tokens", p);
     }
 }
 
