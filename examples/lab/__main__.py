@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from adlocal.arguments import count
 from adlocal.errors import AdlocalError
 
 from . import plan, report
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("command", choices=[*_PLANS, "report"])
     parser.add_argument("plan", nargs="?", choices=_PLANS, default="quick", help="for report")
     parser.add_argument("--out", type=Path, default=Path("lab"), help="where everything is kept (default: lab)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
+    parser.add_argument("--jobs", type=count, default=os.cpu_count() or 1, help="processes of one thread each")
     return parser
 
 
