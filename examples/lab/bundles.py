@@ -46,7 +46,7 @@ class Bundle(Stage):
 
     @property
     def seconds(self) -> float:
-        return 20.0
+        return 5.0
 
     def run(self, root: Path, out: Path) -> None:
         options = Options(
