@@ -126,6 +126,13 @@ def _add_traces(verbs: Any) -> None:
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="TRACES.jsonl")
     add_protection(parser)
+    parser.add_argument(
+        "--best-of",
+        type=count,
+        default=1,
+        metavar="N",
+        help="sample N traces a prompt and keep the one with the highest dose; needs --bundle and --temp above 0",
+    )
     parser.add_argument("-n", "--n-predict", type=count, default=512, metavar="N", help="most tokens of a trace")
     parser.add_argument("-np", "--parallel", type=count, default=4, metavar="N", help="sequences decoded together")
     parser.add_argument("--raw", action="store_true", help="send string prompts as they are, without the chat template")

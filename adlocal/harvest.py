@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
     rows = read_prompts(args.prompts)
     if args.out.exists() and args.prompts.exists() and os.path.samefile(args.out, args.prompts):
         raise InputError(f"{args.out} is the file of prompts; give another -o")
+    if args.best_of > 1 and args.temp == 0:
+        raise InputError(f"--best-of {args.best_of}: greedy traces of a prompt are all alike; give --temp, 0.7 perhaps")
     teacher = ParallelLlama(
         args.model,
         n_ctx=args.ctx_size,
@@ -47,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
         bundle=args.bundle,
         strength=args.strength,
         guard=args.guard,
+        best_of=args.best_of,
     )
     with closing(teacher):
         prompts = _encode(rows, teacher, args.raw)
@@ -142,6 +145,7 @@ def _made_by(args: argparse.Namespace, teacher: ParallelLlama) -> dict[str, Any]
     settings = {"ctx_size": teacher.n_ctx, "n_predict": args.n_predict, "raw": args.raw, **sampling}
     if teacher.pair is not None:
         settings |= {"bundle": teacher.pair.bundle.id, "strength": teacher.strength, "guard": teacher.guard}
+        settings |= {"best_of": teacher.best_of} if teacher.best_of > 1 else {}
     return {"teacher": _identity(args.model), **settings}
 
 

@@ -7,6 +7,8 @@ what is sampled for a request depends on the others only through rounding: llama
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ from llama_cpp._logger import set_verbose
 from ._gguf import GGUFHeader, captured_log, last_line
 from .bundle import NAMES, Bundle
 from .calibration import resolve
-from .errors import AdlocalError, InputError, ModelError
+from .errors import AdlocalError, InputError, ModelError, ProxyError
 from .pair import ProxyPair, context_params
 
 
@@ -64,11 +66,13 @@ class Completion:
         index: that of the request.
         tokens: sampled ids, without the one that ended the turn.
         finish_reason: "stop" if the model ended its turn, "length" at `n_predict` or at the end of the context.
+        dose: mean Δ − E[Δ] of a sampled token, the end of the turn among them; None where the pair was not evaluated.
     """
 
     index: int
     tokens: list[int]
     finish_reason: str
+    dose: float | None = None
 
 
 @dataclass
@@ -81,6 +85,11 @@ class _Slot:
     pending: Sequence[int]
     n_past: int = 0
     sampled: list[int] = field(default_factory=list)
+    doses: list[float] = field(default_factory=list)
+
+    def completion(self, finish_reason: str) -> Completion:
+        dose = math.fsum(self.doses) / len(self.doses) if self.doses else None
+        return Completion(self.request.index, self.sampled, finish_reason, dose)
 
 
 class ParallelLlama:
@@ -95,6 +104,8 @@ class ParallelLlama:
         flash_attn: as in `llama_cpp.Llama`.
         bundle: what `adlocal convert` wrote, to protect what is generated; None for the plain model.
         strength, guard: with a bundle, as in `AntidistillationLlama`.
+        best_of: with a bundle, how many completions are sampled for each request. The one with the highest dose is
+            kept: it teaches the proxy worst, to first order, and each of them is the teacher's own.
 
     Attributes:
         pair: the bundle's proxies, or None.
@@ -102,7 +113,7 @@ class ParallelLlama:
 
     Raises:
         ModelError: llama.cpp refuses the file or the context; the message says why.
-        InputError: bundle, strength or guard cannot be used.
+        InputError: bundle, strength, guard or best_of cannot be used.
     """
 
     def __init__(
@@ -117,7 +128,11 @@ class ParallelLlama:
         bundle: str | os.PathLike[str] | None = None,
         strength: float | str | None = None,
         guard: float | None = None,
+        best_of: int = 1,
     ) -> None:
+        if best_of < 1 or (best_of > 1 and bundle is None):
+            raise InputError(f"best_of={best_of}: give a whole number from 1 up, and a bundle to choose by")
+        self.best_of = best_of
         self.strength, self.guard = 0.0, 0.0
         if bundle is not None:  # before any weights are read
             self.strength, self.guard = resolve(bundle, Bundle.open(bundle), path, strength, guard)
@@ -165,8 +180,18 @@ class ParallelLlama:
             on_tokens: told how many tokens every decode sampled.
 
         Raises:
-            AdlocalError: llama_decode fails.
+            AdlocalError: llama_decode fails, or a dose is not finite.
         """
+        candidates: dict[int, list[Completion]] = {}
+        for completion in self._sampled(_repeated(requests, self.best_of), sampling, on_tokens):
+            found = candidates.setdefault(completion.index, [])
+            found.append(completion)
+            if len(found) == self.best_of:
+                yield max(candidates.pop(completion.index), key=lambda c: c.dose or 0.0)
+
+    def _sampled(
+        self, requests: Iterable[Request], sampling: Sampling, on_tokens: Callable[[int], None]
+    ) -> Iterator[Completion]:
         queue = iter(requests)
         slots: list[_Slot | None] = [None] * self.n_parallel
         self._context.kv_cache_clear()
@@ -180,12 +205,15 @@ class ParallelLlama:
                 return
             ready = self._decode(slots)
             on_tokens(len(ready))
-            for seq_id, slot, row in ready:
-                if (reason := self._sample(slot, row)) is not None:
+            ended = []
+            for output, (seq_id, slot, row) in enumerate(ready):
+                if (reason := self._sample(slot, row, output)) is not None:
                     slots[seq_id] = None
                     slot.sampler.close()
-                    self._forget(seq_id)
-                    yield Completion(slot.request.index, slot.sampled, reason)
+                    ended.append((seq_id, slot.completion(reason)))
+            for seq_id, completion in ended:  # not before: the pair's rows are lost with what it forgets
+                self._forget(seq_id)
+                yield completion
 
     def text(self, tokens: Sequence[int]) -> str:
         """What the tokens say. Special tokens say nothing, and bytes that make no character are left out."""
@@ -227,7 +255,7 @@ class ParallelLlama:
 
     def _evaluate(self, n_sequences: int, n_rows: int) -> None:
         """Decodes the batch in all models, the proxies first: where one fails there are no plain logits to sample."""
-        if self.pair is not None and self.strength:
+        if self.pair is not None and (self.strength or self.best_of > 1):
             self.pair.decode_sequences(self._batch)
         if status := llama_cpp.llama_decode(self._context.ctx, self._batch.batch):
             raise AdlocalError(
@@ -246,9 +274,15 @@ class ParallelLlama:
         if self.pair is not None:
             self.pair.remove_sequence(seq_id)
 
-    def _sample(self, slot: _Slot, row: int) -> str | None:
-        """Samples the slot's next token and tells why it ends there, if it does."""
+    def _sample(self, slot: _Slot, row: int, output: int) -> str | None:
+        """Samples the slot's next token from a row of the batch, the `output`th that it asks logits of.
+
+        Returns:
+            Why the sequence ends there, if it does.
+        """
         token = slot.sampler.sample(self._context, row)
+        if self.pair is not None and self.best_of > 1:
+            slot.doses.append(_finite(self.pair.dose(output, token)))
         if llama_cpp.llama_vocab_is_eog(self.model.vocab, token):
             return "stop"
         slot.sampled.append(token)
@@ -268,6 +302,21 @@ def _load(
             return model, LlamaContext(model=model, params=params, verbose=False)
     except ValueError as error:
         raise ModelError(f"{path}: {error} ({last_line(log)})") from None
+
+
+def _repeated(requests: Iterable[Request], n: int) -> Iterator[Request]:
+    """Each request n times: as it is, and with seeds so far apart that requests with seeds in a row share none."""
+    for request in requests:
+        yield request
+        for i in range(1, n):
+            seed = (request.seed + i * 0x9E3779B1) % 0xFFFFFFFF  # which llama.cpp would take for "a random seed"
+            yield dataclasses.replace(request, seed=seed)
+
+
+def _finite(dose: float) -> float:
+    if not math.isfinite(dose):
+        raise ProxyError(f"a token's dose is {dose}: the proxies' logits are no numbers; no text is emitted")
+    return dose
 
 
 def _add(batch: LlamaBatch, token: int, pos: int, seq_id: int) -> None:

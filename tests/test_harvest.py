@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,7 @@ from adlocal import AdlocalError, AntidistillationLlama, Bundle, ProxyError, Pro
 from adlocal.cli import main
 from adlocal.harvest import derive_seed
 from adlocal.pair import context_params
-from adlocal.parallel import ParallelLlama, Request, Sampling
+from adlocal.parallel import Completion, ParallelLlama, Request, Sampling
 from adlocal.traces import TraceEncoder, open_vocabulary, read_traces
 
 N_CTX = 1024
@@ -153,6 +153,40 @@ def test_protected_sequences_are_those_of_the_drop_in(
                 assert done == expected
 
 
+def test_the_best_of_several_is_the_one_with_the_highest_dose(
+    teacher: Path, tiny_bundle: Path, exact_kernels: dict[str, Any]
+) -> None:
+    """Candidates are what plain contexts sample with their seeds; doses are `ProxyPair.doses`, one text at a time.
+
+    Float32 throughout, so a dose is off by rounding over 2ε alone: 1e-3 of doses that differ by some 0.1.
+    """
+    sampling, setting = Sampling(1.5, top_k=50), dict[str, Any](n_ctx=N_CTX_PROXY, n_threads=1)
+    candidates: dict[int, list[Completion]] = {asked.index: [] for asked in SHORT}
+    with closing(ParallelLlama(teacher, **setting)) as llm:
+        for i in range(3):
+            again = [replace(asked, seed=(asked.seed + i * 0x9E3779B1) % 0xFFFFFFFF) for asked in SHORT]
+            for each in llm.generate(again, sampling):
+                assert each.dose is None
+                candidates[each.index].append(each)
+    doses: dict[int, list[float]] = {}
+    with closing(ProxyPair.open(tiny_bundle, n_threads=1, type_k=0, type_v=0)) as pair:
+        for asked in SHORT:
+            ended = [[*c.tokens, *([tiny.EOS] if c.finish_reason == "stop" else [])] for c in candidates[asked.index]]
+            found = [pair.doses([*asked.tokens, *tokens])[-len(tokens) :] for tokens in ended]
+            doses[asked.index] = [sum(each) / len(each) for each in found]
+    protection: dict[str, Any] = {"bundle": tiny_bundle, "strength": 0.0, "best_of": 3}
+    chosen = []
+    with closing(ParallelLlama(teacher, n_parallel=4, **setting, **protection)) as llm:
+        for each in llm.generate(SHORT, sampling):
+            own = doses[each.index]
+            best = own.index(max(own))
+            assert each.tokens == candidates[each.index][best].tokens
+            assert each.dose == pytest.approx(max(own), abs=1e-3)
+            chosen.append(best)
+    assert len(chosen) == len(SHORT)
+    assert set(chosen) == {0, 1, 2}, "choices have to differ"
+
+
 def test_strength_0_is_the_plain_teacher(teacher: Path, plain: Any, tiny_bundle: Path) -> None:
     """And costs nothing: the proxies are not evaluated."""
     with closing(
@@ -194,6 +228,25 @@ def test_a_proxy_that_fails_has_nothing_sampled(
         assert sum(decoded) == n_decoded, "rows were handed out"
         assert len(sampled) <= 1, "the other row of the last good decode, and no more"
         assert list(llm.generate(SHORT, Sampling())) == before
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("fault", ["failing", "computing nonsense"])
+def test_a_proxy_that_fails_has_nothing_chosen(
+    fault: str, half: int, teacher: Path, tiny_bundle: Path, faults: Faults
+) -> None:
+    """A choice that cannot be made is not made at random."""
+    protection: dict[str, Any] = {"bundle": tiny_bundle, "strength": 0.0, "best_of": 2}
+    with closing(ParallelLlama(teacher, n_ctx=N_CTX_PROXY, n_parallel=3, n_threads=1, **protection)) as llm:
+        sampling = Sampling(1.5)
+        before = list(llm.generate(SHORT, sampling))
+        completions = llm.generate(SHORT, sampling)
+        assert next(completions) == before[0]
+        context = cast(ProxyPair, llm.pair).contexts[half]
+        breaking = faults.failing(context) if fault == "failing" else faults.computing(context, float("nan"))
+        with breaking, pytest.raises(ProxyError, match="emitted"):
+            next(completions)
+        assert list(llm.generate(SHORT, sampling)) == before
 
 
 def test_the_context_ends_a_sequence(teacher: Path) -> None:
@@ -501,11 +554,14 @@ def test_protected_traces_are_what_the_drop_in_says(
         assert row["generated_by"] == {**other["generated_by"], **settings}
 
 
+@pytest.mark.parametrize("protection", [["--strength", 6], ["--strength", 0, "--best-of", 3]], ids=["steer", "choose"])
 @pytest.mark.parametrize("rows_left", [0, 4])
 @pytest.mark.usefixtures("exact_kernels")
-def test_protected_traces_are_resumed(rows_left: int, traces: Traces, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_protected_traces_are_resumed(
+    rows_left: int, protection: list[object], traces: Traces, tiny_bundle: Path, tmp_path: Path
+) -> None:
     """With the same text, whatever was sampled beside it the first time."""
-    out, sampling = tmp_path / "traces.jsonl", ["--temp", 1.0, "--bundle", tiny_bundle, "--strength", 6]
+    out, sampling = tmp_path / "traces.jsonl", ["--temp", 1.0, "--bundle", tiny_bundle, *protection]
     traces(ROWS, *sampling, "-np", 1)
     whole = out.read_bytes()
     out.write_bytes(b"".join(whole.splitlines(keepends=True)[:rows_left]) + b'{"id"')
@@ -518,6 +574,7 @@ OTHER_PROTECTION: dict[str, tuple[list[object], str]] = {
     "strength": (["--strength", 5], "was made with strength 6.0, this run has 5.0"),
     "guard": (["--guard", 0.1], "was made with guard 0.05, this run has 0.1"),
     "bundle": (["--bundle", "other_bundle"], "was made with bundle "),
+    "best of": (["--best-of", 2, "--temp", 1], "was made with "),
 }
 
 
@@ -556,6 +613,11 @@ PROTECTION_REFUSED: dict[str, tuple[list[object], str]] = {
     "guard": (["--bundle", "tiny_bundle", "--guard", 2], "guard=2.0: give a share of the top token's probability"),
     "no bundle": (["--bundle", "nowhere"], "nowhere: no such bundle directory"),
     "not calibrated": (["--bundle", "tiny_bundle", "--strength", "calibrated"], "has no calibration; run `adlocal"),
+    "best of no bundle": (["--best-of", 2, "--temp", 1], "best_of=2: give a whole number from 1 up, and a bundle"),
+    "greedy best of": (
+        ["--bundle", "tiny_bundle", "--best-of", 2],
+        "--best-of 2: greedy traces of a prompt are all al",
+    ),
     "context": (["--bundle", "tiny_bundle", "-c", 1024], "exceeds the 256 tokens that the proxy was trained for"),
 }
 
