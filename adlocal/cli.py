@@ -173,6 +173,9 @@ def _add_convert_inputs(parser: argparse.ArgumentParser) -> None:
         help="prompt and completion, or messages, as JSON lines, Parquet or a datasets id; once a capability",
     )
     parser.add_argument("--mix", metavar="NAME=WEIGHT,...", help="weights of the capabilities, equal by default")
+    parser.add_argument(
+        "--loss-on", metavar="REGEX", help="the gradient is of the loss on tokens that match alone, on numbers: '[0-9]'"
+    )
     parser.add_argument("--raw", action="store_true", help="concatenate string pairs, without the chat template")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="directory of the bundle; it is a secret"

@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import llama_cpp
@@ -23,6 +24,7 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from ._gguf import captured_log, last_line
 from .errors import ModelError, TraceError
 from .rows import Row, check_messages, completion_of, is_empty, prompt_of, read_rows
+from .token_text import token_pieces
 
 Message = dict[str, Any]
 
@@ -201,6 +203,22 @@ class TraceEncoder:
         if self._open is None:
             raise _no_template(where)
         return self._tokenize(self._text(self._open, messages, where), where, raw=False, is_first=True)
+
+    def narrowed(self, traces: Iterable[EncodedTrace], expression: str) -> list[EncodedTrace]:
+        """The traces with only those targets whose own text holds a match; those that have none are left out."""
+        found: dict[int, bool] = {}
+
+        def matches(token: int) -> bool:
+            if token not in found:
+                (piece,) = token_pieces(self._model.vocab, [token])
+                found[token] = re.search(expression, piece.decode("utf-8", errors="replace")) is not None
+            return found[token]
+
+        narrowed = [
+            replace(trace, targets=[c and matches(t) for t, c in zip(trace.tokens, trace.targets, strict=True)])
+            for trace in traces
+        ]
+        return [trace for trace in narrowed if trace.n_targets]
 
     def _tokenize(self, text: str, where: str, raw: bool, is_first: bool) -> list[int]:
         ids: list[int] = self._model.tokenize(_utf8(text, where), add_bos=is_first and raw, special=not raw)

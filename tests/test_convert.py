@@ -110,6 +110,11 @@ def encoded(options: Options, name: str = "traces") -> list[EncodedTrace]:
     return [encoder.encode(trace) for trace in read_traces(options.traces[name])]
 
 
+def pairs(trace: EncodedTrace) -> list[tuple[int, bool]]:
+    """Each token and whether it counts."""
+    return list(zip(trace.tokens, trace.targets, strict=True))
+
+
 def direction_of(proxy: Proxy, traces: list[EncodedTrace], params: str = "all") -> Mixture:
     """ĝ on traces, computed apart."""
     names = [t.name for t in proxy.tensors if params == "all" or t.is_linear == (params == "linear")]
@@ -284,6 +289,8 @@ def test_force_writes_it_and_marks_it(options: Options) -> None:
         ({"proxy": "nowhere.gguf"}, "nowhere.gguf"),
         ({"mix": "code=1"}, r"--mix names 'code', and --traces gives traces; name one of those"),
         ({"mix": "traces=0"}, r"--mix traces=0: give a positive number"),
+        ({"loss_on": "["}, r"--loss-on \[: no regular expression \(unterminated character set"),
+        ({"loss_on": "€"}, "--loss-on €: found in no token of .*'s completions; give another"),
         ({"rank": 4}, "--rank is for --format adapter"),
         ({"format": ADAPTER}, r"--carriers is for --format halves"),
         ({"format": ADAPTER, "carriers": None, "params": "all"}, r"--params all: an adapter carries matrices alone"),
@@ -532,6 +539,29 @@ def test_a_mix_that_does_not_fit_is_refused_before_any_work(
 
 
 # Selections, qualities, formats
+
+
+def test_the_loss_may_be_on_matching_tokens_alone(options: Options, write_traces: WriteTraces) -> None:
+    """Oracle: the gradient on traces whose targets are picked by hand; with raw traces a byte is a token.
+
+    Every token of the held-out traces is measured: it is where text will be sampled.
+    """
+    rows = [{"prompt": f"{i} +", "completion": f" {i} is {2 * i}"} for i in range(12)]
+    own = write_traces([{"prompt": "say", "completion": "nothing"}, *rows])
+    options = dataclasses.replace(options, traces={"sums": own}, raw=True)
+    whole = [encoded(options, "sums")[i] for i in range(13)]
+    digits = [
+        dataclasses.replace(trace, targets=[c and t in b"0123456789" for t, c in pairs(trace)]) for trace in whole
+    ]
+    bundle, lines = run(dataclasses.replace(options, loss_on="[0-9]"))
+    proxy = Proxy(Path(options.proxy))
+    expected = values_of(direction_of(proxy, digits[1:-2]))
+    assert distance(written_direction(options.out, EPSILON), expected) < 1e-4
+    assert distance(values_of(direction_of(proxy, whole[1:-2])), expected) > 0.05, "the two would not tell"
+    assert bundle.gradient_tokens == sum(trace.n_targets for trace in digits[1:-2])
+    assert bundle.fidelity_positions == sum(trace.n_targets for trace in whole[-2:])
+    assert bundle.capability_names == ["sums on /[0-9]/"]
+    assert lines[0].endswith("2 held out; 1 left out, no token of them counts")
 
 
 @pytest.mark.parametrize("params", ["linear", "norms"])

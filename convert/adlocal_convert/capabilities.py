@@ -30,7 +30,7 @@ class Capability:
     """What one traces file shows, encoded and split.
 
     Attributes:
-        name: what `--traces NAME=FILE` calls it.
+        name: what `--traces NAME=FILE` calls it, and which tokens count if not all do.
         learned: give the gradient.
         held_out: measure fidelity and delta_scale.
         sha256: of the file, or of the traces of a dataset.
@@ -44,19 +44,31 @@ class Capability:
     report: str
 
     @classmethod
-    def read(cls, name: str, path: Path, encoder: TraceEncoder, n_ctx: int) -> Capability:
-        """Raises TraceError or InputError: the file cannot be read, or holds too little."""
+    def read(cls, name: str, path: Path, encoder: TraceEncoder, n_ctx: int, loss_on: str | None = None) -> Capability:
+        """Reads a file of traces; see `Options` for the rest.
+
+        Raises:
+            TraceError or InputError: the file cannot be read, or holds too little.
+        """
         read = read_traces(path)
         encoded, n_cut, n_skipped = encode_all(read, encoder, n_ctx)
         if len(encoded) < 2:
             raise InputError(f"{path}: {len(encoded)} usable trace; give at least 2, one is held out; better 50")
         n_held_out = min(_MOST_HELD_OUT, max(1, len(encoded) // 5))
         learned, held_out = encoded[:-n_held_out], encoded[-n_held_out:]
+        n_without = 0
+        if loss_on is not None:
+            name, n_whole = f"{name} on /{loss_on}/", len(learned)
+            learned = encoder.narrowed(learned, loss_on)
+            n_without = n_whole - len(learned)
+            if not learned:
+                raise InputError(f"--loss-on {loss_on}: found in no token of {path}'s completions; give another")
         left_out = {
             "cut to the context": n_cut,
             "skipped, their prompts fill it": n_skipped,
             "left out, they stand there twice": read.n_duplicates,
             "left out, they have no text": read.n_empty,
+            "left out, no token of them counts": n_without,
         }
         return cls(name, learned, held_out, read.sha256, _report(name, learned, held_out, left_out))
 

@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> None:
         out=args.out,
         teacher=args.teacher,
         mix=args.mix,
+        loss_on=args.loss_on,
         quant=args.quant,
         format=args.format,
         quality=args.quality,

@@ -280,7 +280,7 @@ def _capabilities(base: Path, options: Options) -> list[Capability]:
     parse_mix(options.mix, list(options.traces))  # before minutes of work
     with closing(open_vocabulary(base)) as vocabulary:
         encoder = TraceEncoder(vocabulary, raw=options.raw)
-        return [Capability.read(name, path, encoder, n_ctx) for name, path in options.traces.items()]
+        return [Capability.read(name, path, encoder, n_ctx, options.loss_on) for name, path in options.traces.items()]
 
 
 def _open(base: Path, options: Options) -> Proxy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Options:
         out: directory of the bundle.
         teacher: its GGUF, whose tokenizer a Hugging Face proxy gets.
         mix: weights of the capabilities, as in "math=0.7,code=0.3".
+        loss_on: regular expression; only tokens whose text it is found in count in the loss. None: all do.
         quant: llama.cpp type to requantize the proxy to first, or None.
         format: "halves" or "adapter".
         quality: see `presets`.
@@ -47,6 +49,7 @@ class Options:
     out: Path
     teacher: Path | None = None
     mix: str | None = None
+    loss_on: str | None = None
     quant: str | None = None
     format: str = HALVES
     quality: str = "balanced"
@@ -71,6 +74,8 @@ def checked(options: Options) -> Options:
         raise InputError(f"--carriers {options.carriers}: give a share of the linear weights, 0 to 1, for example 0.05")
     if options.eps is not None and not (math.isfinite(options.eps) and options.eps > 0):
         raise InputError(f"--eps {options.eps}: give a positive step, or auto")
+    if options.loss_on is not None:
+        _check_expression(options.loss_on)
     if options.n_ctx < 2:
         raise InputError(f"--ctx-size {options.n_ctx}: give at least 2 tokens")
     if options.format == ADAPTER and options.params not in (None, "linear"):
@@ -86,3 +91,10 @@ def checked(options: Options) -> Options:
     if any((options.out / name).exists() for names in NAMES.values() for name in names) and not options.overwrite:
         raise InputError(f"{options.out} holds a bundle already; give another --out, or say --overwrite")
     return dataclasses.replace(options, params=options.params or ("linear" if options.format == ADAPTER else "all"))
+
+
+def _check_expression(text: str) -> None:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise InputError(f"--loss-on {text}: no regular expression ({error}); give one such as '[0-9]'") from None
