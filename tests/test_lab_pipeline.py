@@ -14,6 +14,7 @@ from examples.lab import models, plan, report, results, stages, students, traces
 from examples.lab.world import World
 
 WANTED = {"clean", "guard alone", "temperature", "permuted, guarded", "random 1, guarded", "antidistillation, guarded"}
+CHOICES = {"best of 8", "best of 8, random 1"}
 
 
 @pytest.fixture
@@ -32,12 +33,13 @@ def test_from_nothing_to_the_report(small: World, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     root = tmp_path / "stages"
     entries = [entry for entry in plan._compared(small) if entry.defence in WANTED]
+    entries += [entry for entry in plan._chosen(small) if entry.attack == "naive"]
     for stage in stages.ordered(stage for entry in entries for stage in entry.stages):
         assert not stage.is_done(root)
         stages.run(stage, root)
     torch.set_num_threads(before)
     rows = [{"scale": "quick", **row} for row in plan.results(entries, root)]
-    assert {row["defence"] for row in rows} == WANTED
+    assert {row["defence"] for row in rows} == WANTED | CHOICES
     assert all(row["n_examples"] == 40 and row["n_test"] == 12 for row in rows)
     (method,) = [row for row in rows if row["defence"] == "antidistillation, guarded"]
     assert method["guard"] == plan.GUARD
@@ -49,6 +51,7 @@ def test_from_nothing_to_the_report(small: World, tmp_path: Path) -> None:
     report.write(source, tmp_path / "quick")
     text = (tmp_path / "quick" / "report.md").read_text()
     assert "| antidistillation, guarded |" in text
+    assert "## Choosing among the teacher's own traces" in text
     assert "## The same prompts" in text
 
 

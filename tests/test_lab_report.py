@@ -36,6 +36,7 @@ def row(defence: str, student: float, seed: int = 0, **changes: Any) -> dict[str
         "guard": 0.05,
         "temperature": 0.5,
         "words": 28.0,
+        "hidden": 0.17 + 0.1 * seed,
         "n_examples": 2000,
         "losses": [1.0 / (1 + i) for i in range(60)],
         "cosine": None,
@@ -131,7 +132,7 @@ def test_the_tables_hold_means_and_intervals_over_seeds(source: Path) -> None:
     values = list(METHOD.values())
     mean, half = np.mean(values), 4.303 * np.std(values, ddof=1) / math.sqrt(3)
     shown = f"{100 * mean:.1f} [{100 * (mean - half):.1f}, {100 * (mean + half):.1f}]"
-    assert shown in table_row(text, "10", "antidistillation, guarded", "3")
+    assert shown in table_row(text, "10", "antidistillation, guarded", "17 to 37%", "3")
     differences = [s - 0.50 for s in values]
     half = 4.303 * np.std(differences, ddof=1) / math.sqrt(3)
     decisive = f"{100 * np.mean(differences):.1f} [{100 * (np.mean(differences) - half):.1f}"
@@ -153,6 +154,19 @@ def test_the_verdict_follows_the_data(permuted: float, verdict: str, source: Pat
     rows = [{**r, "student": permuted} if r["defence"] == "permuted, guarded" else r for r in ROWS]
     text = report.markdown(results.read(save(source, rows)), source.parent)
     assert table_row(text, "10", "permuted, same guard", verdict)
+
+
+def test_a_choice_is_compared_with_clean_traces_and_a_choice_at_random(source: Path) -> None:
+    """By hand: 0.50, 0.49 and 0.42 less 0.60, 0.61 and 0.62, half-width 4.303 of their standard error."""
+    chosen = [
+        row(name, student, seed, cost=None, teacher=0.9)
+        for seed, (ours, random) in enumerate([(0.50, 0.6), (0.49, 0.48), (0.42, 0.41)])
+        for name, student in (("best of 8", ours), ("best of 8, random 1", random))
+    ]
+    text = report.markdown(results.read(save(source, [*ROWS, *chosen])), source.parent)
+    assert table_row(text, "clean traces", "worse", "-10.0, -12.0, -20.0").split("|")[2] == " -14.0 [-27.1, -0.9] "
+    assert table_row(text, "a random direction's choice", "not told apart", "-10.0, +1.0, +1.0")
+    assert "Choosing among" not in report.markdown(results.read(save(source, ROWS)), source.parent)
 
 
 def test_a_seed_that_goes_against_the_mean_is_named(source: Path) -> None:

@@ -133,6 +133,19 @@ def test_solutions_say_the_prompts_values_and_give_right_reasons() -> None:
     assert all(re.search(pattern, heard) for pattern in (*SAYINGS, *REMARKS)), "some phrasing was never heard"
 
 
+def test_steps_and_those_told_by_their_result_alone_are_counted() -> None:
+    rng = random.Random(3)
+    shares = []
+    for problem in itertools.islice(task.problems("counting", "train"), 300):
+        assert task.n_steps(problem.prompt) == len(problem.steps)
+        words = problem.solution(rng).split()
+        at = [i for i in range(len(words)) if words[i : i + 3] == ["that", "leads", "to"]]
+        bare = sum(i == 0 or words[i - 1] not in ("twice", "thrice") for i in at)
+        assert task.n_hidden(" " + " ".join(words)) == bare
+        shares.append(bare / len(problem.steps))
+    assert 0.1 < sum(shares) / len(shares) < 0.25, "one wording in six"
+
+
 def test_train_and_test_share_no_arithmetic() -> None:
     """Whatever the seed, the names and the things; one arithmetic in ten is for tests, to 5 standard errors of N."""
     sides: dict[str, set[str]] = {"train": set(), "test": set()}

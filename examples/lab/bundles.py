@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from adlocal_convert.proxy import Proxy
 from adlocal.traces import TraceEncoder, open_vocabulary, sha256
 
 from .models import N_CTX
-from .stages import Stage
+from .stages import Stage, environment
 
 Tensors = dict[str, torch.Tensor]
 
@@ -48,6 +46,11 @@ class Bundle(Stage):
     def seconds(self) -> float:
         return 5.0
 
+    @property
+    def loss_on(self) -> str | None:
+        """As `adlocal convert --loss-on`."""
+        return None
+
     def run(self, root: Path, out: Path) -> None:
         options = Options(
             proxy=str(self.proxy.path(root) / "model.gguf"),
@@ -55,13 +58,14 @@ class Bundle(Stage):
             out=out / "bundle",
             quant=self.quant,
             params=self.params,
+            loss_on=self.loss_on,
             quality="balanced" if self.quant else "exact",
             n_ctx=N_CTX,
             n_threads=1,
             batch_size=32,
             force=True,
         )
-        with _cache(out / "cache"):
+        with environment("ADLOCAL_CACHE", str(out / "cache")):  # a stage has all of its files to itself
             if self.random is not None or self.along:
                 self._aim(options, root)
             convert(options, say=lambda line: None)
@@ -73,7 +77,7 @@ class Bundle(Stage):
         base = Path(options.proxy)
         with closing(open_vocabulary(base)) as vocabulary:
             file = options.traces[DEFAULT_NAME]
-            capability = Capability.read(DEFAULT_NAME, file, TraceEncoder(vocabulary), N_CTX)
+            capability = Capability.read(DEFAULT_NAME, file, TraceEncoder(vocabulary), N_CTX, self.loss_on)
         target = capability.saved_at(cache_directory() / "gradients", sha256(base), self.params)
         target.parent.mkdir(parents=True)
         names = [name for name, _ in _shapes(base)]
@@ -84,6 +88,15 @@ class Bundle(Stage):
             found = _mean([_gradient(b, capability, names, target.with_name(f"{i}")) for i, b in enumerate(bases)])
         n_tokens = sum(trace.n_targets for trace in capability.learned)
         Gradient.save(target, found, loss=0.0, n_traces=len(capability.learned), n_tokens=n_tokens)
+
+
+@dataclass(frozen=True)
+class Numbers(Bundle):
+    """A bundle of the gradient of the loss on numbers alone."""
+
+    @property
+    def loss_on(self) -> str:
+        return r"\d"
 
 
 def _random(base: Path, number: int) -> Tensors:
@@ -109,17 +122,3 @@ def _mean(found: list[Tensors]) -> Tensors:
 def _shapes(base: Path) -> list[tuple[str, tuple[int, ...]]]:
     with closing(Proxy(base, n_threads=1)) as proxy:
         return [(t.name, proxy.weights.shape(t.name)) for t in proxy.tensors]
-
-
-@contextmanager
-def _cache(directory: Path) -> Iterator[None]:
-    """Gradients are kept in `directory` meanwhile: each stage has all of its files to itself."""
-    before = os.environ.get("ADLOCAL_CACHE")
-    os.environ["ADLOCAL_CACHE"] = str(directory)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["ADLOCAL_CACHE"]
-        else:
-            os.environ["ADLOCAL_CACHE"] = before

@@ -65,10 +65,12 @@ class Defended(ParallelLlama):
         teacher: its GGUF.
         bundle: the bundle that the defence follows, or None.
         others: more of them, for the kind "mixed".
+        best_of: completions of a problem to choose among by their dose.
     """
 
-    def __init__(self, teacher: Path, bundle: Path | None, others: Sequence[Path] = ()) -> None:
-        super().__init__(teacher, n_ctx=N_CTX, n_parallel=PARALLEL, n_threads=1, flash_attn=True, bundle=bundle)
+    def __init__(self, teacher: Path, bundle: Path | None, others: Sequence[Path] = (), best_of: int = 1) -> None:
+        how = {"n_ctx": N_CTX, "n_parallel": PARALLEL, "n_threads": 1}
+        super().__init__(teacher, **how, flash_attn=True, bundle=bundle, best_of=best_of)
         self._others = [self._open_pair(other, self._params, 0) for other in others]
         self.set(Setting())
 

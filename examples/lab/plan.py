@@ -10,18 +10,21 @@ from typing import Any
 
 from adlocal import Bundle as Metadata
 
-from .bundles import Bundle
+from . import task
+from .bundles import Bundle, Numbers
 from .defences import Kind
 from .exact import Exact
+from .results import CHOSEN, CHOSEN_AT_RANDOM
 from .stages import Stage
 from .students import Attack, Student
-from .traces import Traces
+from .traces import Chosen, Traces, read
 from .world import World
 
 GUARD = 0.05
 COST = 0.10
 N_RANDOM = 5
-QUICK_SEEDS, HYPOTHESES_SEEDS, FULL_SEEDS = (0,), (0, 1), (0, 1, 2)
+N_BEST = 8
+QUICK_SEEDS, HYPOTHESES_SEEDS, FULL_SEEDS, CHOSEN_SEEDS = (0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -58,25 +61,29 @@ def quick() -> list[Entry]:
 
 def full() -> list[Entry]:
     """Three seeds: more proxies, more costs, and the attackers."""
-    return [entry for part in (_compared, _attacked, _varied) for seed in FULL_SEEDS for entry in part(World(seed))]
+    parts = (_compared, _attacked, _varied, _chosen)
+    return [entry for part in parts for seed in FULL_SEEDS for entry in part(World(seed))]
 
 
 def hypotheses() -> list[Entry]:
-    """Two seeds: what NOTES.md asks, beside what it is compared with."""
-    return [entry for seed in HYPOTHESES_SEEDS for part in (_compared, _asked) for entry in part(World(seed))]
+    """What NOTES.md asks, beside what it is compared with: two seeds, and more where it looks like a difference."""
+    asked = [entry for seed in HYPOTHESES_SEEDS for part in (_compared, _asked) for entry in part(World(seed))]
+    for seed in CHOSEN_SEEDS:
+        world = World(seed)
+        asked += [_clean(world)] if seed not in HYPOTHESES_SEEDS else []
+        asked += [*_chosen(world)]
+    return asked
 
 
 def _compared(world: World) -> Iterator[Entry]:
-    """The method among its controls."""
+    """The method among its controls, in the same guard."""
     gradient = Bundle(world.proxy, world.holdout)
-    yield Entry(world, "clean", "naive", Student(world.base, (world.clean,)))
+    yield _clean(world)
     alone = Traces(world.teacher, world.clean.prompts, "guarded", guard=GUARD, n=world.n_traces)
     yield Entry(world, "guard alone", "naive", Student(world.base, (alone,)))
     yield _naive(world, "temperature", matched(world, "plain"))
-    yield _naive(world, "antidistillation", matched(world, "bundle", gradient))
     guarded = _naive(world, "antidistillation, guarded", matched(world, "bundle", gradient, GUARD))
     yield dataclasses.replace(guarded, exact=Exact(gradient, world.proxy, world.clean))
-    yield _naive(world, "permuted", matched(world, "permuted", gradient))
     yield _naive(world, "permuted, guarded", matched(world, "permuted", gradient, GUARD))
     for i in range(N_RANDOM):
         direction = Bundle(world.proxy, world.holdout, random=i)
@@ -84,9 +91,11 @@ def _compared(world: World) -> Iterator[Entry]:
 
 
 def _varied(world: World) -> Iterator[Entry]:
-    """Other directions and proxies at the same cost, and the method at lower costs."""
+    """The same without guard, other directions and proxies, and the method at lower costs."""
     gradient = Bundle(world.proxy, world.holdout)
     random = Bundle(world.proxy, world.holdout, random=0)
+    yield _naive(world, "antidistillation", matched(world, "bundle", gradient))
+    yield _naive(world, "permuted", matched(world, "permuted", gradient))
     others = {
         "linear, guarded": Bundle(world.proxy, world.holdout, params="linear"),
         "own proxy, guarded": Bundle(world.base, world.holdout),
@@ -99,7 +108,6 @@ def _varied(world: World) -> Iterator[Entry]:
         exact = Exact(bundle, world.proxy, world.clean) if bundle.quant else None
         yield dataclasses.replace(_naive(world, name, matched(world, "bundle", bundle, GUARD)), exact=exact)
     yield _naive(world, "experts", matched(world, "experts", gradient, strength=0.5))
-    yield _naive(world, "random 1", matched(world, "bundle", random))
     for cost in (0.05, 0.02):
         yield _naive(world, "temperature", matched(world, "plain", cost=cost), cost)
         yield _naive(world, "antidistillation, guarded", matched(world, "bundle", gradient, GUARD, cost=cost), cost)
@@ -145,16 +153,38 @@ def _attacks(
         yield Entry(world, defence, name, student, COST)
 
 
+def _clean(world: World) -> Entry:
+    return Entry(world, "clean", "naive", Student(world.base, (world.clean,)))
+
+
+def _chosen(world: World) -> Iterator[Entry]:
+    """Of several of the teacher's own traces the one that teaches worst: a defence that has no strength to match."""
+    trained = Student(world.proxy, (_own(world),), n_epochs=4)
+    directions = {CHOSEN: Numbers(trained, world.holdout), CHOSEN_AT_RANDOM: Bundle(trained, world.holdout, random=0)}
+    for name, bundle in directions.items():
+        traces = Chosen(world.teacher, world.clean.prompts, "bundle", bundle=bundle, n=world.n_traces, best_of=N_BEST)
+        yield Entry(world, name, "naive", Student(world.base, (traces,)))
+        if name == CHOSEN and world.seed in FULL_SEEDS:
+            yield Entry(world, name, "right answers", Student(world.base, (traces,), "right answers"))
+            yield Entry(world, name, "perplexity", Student(world.base, (traces,), "perplexity"))
+            yield Entry(world, name, "25% clean", Student(world.base, (traces,), "naive", world.clean, 0.25))
+
+
+def _own(world: World) -> Traces:
+    """Clean traces of whoever prepares a bundle."""
+    return Traces(world.teacher, f"{world.seed} own", n=world.n_traces)
+
+
 def _asked(world: World) -> Iterator[Entry]:
     """Beyond the paper, one run a seed."""
     gradient = Bundle(world.proxy, world.holdout)
     for guard, start in ((0.2, None), (0.5, 8.0), (0.01, None)):
         yield _naive(world, f"guard {guard}", matched(world, "bundle", gradient, guard, strength=start))
-    own = Traces(world.teacher, f"{world.seed} own", n=world.n_traces)  # clean, of whoever prepares the bundle
-    short, whole = (Student(world.proxy, (own,), n_epochs=n) for n in (1, 4))
+    short, whole = (Student(world.proxy, (_own(world),), n_epochs=n) for n in (1, 4))
     aimed = {
         "gradient along a path": Bundle(world.proxy, world.holdout, along=(short, whole)),
         "gradient at the end": Bundle(whole, world.holdout),
+        "gradient of numbers at the end": Numbers(whole, world.holdout),
     }
     for name, bundle in aimed.items():  # inside this guard a large strength costs about 4 points whatever the direction
         traces = Traces(world.teacher, world.clean.prompts, "bundle", 16.0, 0.2, bundle=bundle, n=world.n_traces)
@@ -223,6 +253,7 @@ def _row(entry: Entry, root: Path) -> dict[str, Any]:
         "student": graded["accuracy"],
         "n_test": graded["n"],
         "right": graded["right"],
+        "hidden": _hidden(traces, root),
         **{name: summary[name] for name in ("strength", "guard", "temperature", "search", "words", "ended")},
         "n_examples": graded["n_examples"],
         "n_steps": graded["n_steps"],
@@ -233,3 +264,10 @@ def _row(entry: Entry, root: Path) -> dict[str, Any]:
         "key": student.key,
         "settings": repr(student),
     }
+
+
+def _hidden(traces: Traces, root: Path) -> float:
+    """The share of steps that the traces tell by their result alone."""
+    rows = read(traces, root)
+    n = sum(task.n_steps(row["prompt"]) for row in rows)
+    return sum(task.n_hidden(row["completion"]) for row in rows) / n

@@ -10,7 +10,7 @@ import numpy as np
 
 from adlocal import _plot
 
-from .results import METHOD, RANDOMS, Result, accuracy, costs, given, mean
+from .results import CHOSEN, METHOD, RANDOMS, Result, accuracy, costs, given, mean
 
 # What is compared at every cost, in Okabe and Ito's colours, which colour-blind people can tell apart, and a marker.
 # More than these no reader tells apart: other defences are rows of their own in the picture of all.
@@ -23,6 +23,7 @@ LOOKS = {
     "permuted": ("#cc79a7", "P"),
     "permuted, guarded": ("#d55e00", "X"),
     RANDOMS: (_plot.GREY, "<"),
+    CHOSEN: ("#f0e442", "*"),
 }
 _SMOOTHED = 20  # steps
 

@@ -13,7 +13,21 @@ from adlocal._files import written_whole
 
 from . import plots
 from .intervals import Interval
-from .results import METHOD, Result, accuracy, comparisons, costs, difference, given, mean, of, read, spent
+from .results import (
+    METHOD,
+    Comparison,
+    Result,
+    accuracy,
+    choices,
+    comparisons,
+    costs,
+    difference,
+    given,
+    mean,
+    of,
+    read,
+    spent,
+)
 
 _BUDGETS = (0.02, 0.05, 0.10)  # of teacher accuracy
 _OVER = 0.01  # let pass: what the search for a strength leaves
@@ -45,8 +59,14 @@ def write(source: Path, out: Path) -> None:
 
 def markdown(results: Sequence[Result], root: Path) -> str:
     """The whole text."""
-    sections = [_setting(results), _defences(results), _decisive(results), _seeds(results), _attackers(results)]
-    sections += [_best(results), _proxies(results), _side_by_side(results, root), _pictures(results)]
+    sections = [_setting(results), _defences(results), _decisive(results), _seeds(results), _choices(results)]
+    sections += [
+        _attackers(results),
+        _best(results),
+        _proxies(results),
+        _side_by_side(results, root),
+        _pictures(results),
+    ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -75,7 +95,8 @@ def _defences(results: Sequence[Result]) -> str:
             rows.append(_defence_row(results, of(naive, defence, cost)))
     if not rows:
         return ""
-    head = ["asked cost", "defence", "knob", "teacher", "student", "less than clean", "less than temperature", "seeds"]
+    head = ["asked cost", "defence", "knob", "teacher", "student", "less than clean", "less than temperature"]
+    head += ["steps told by their result alone", "seeds"]
     off = "" if all(r.is_matched for r in naive) else f"{_OFF}\n\n"
     return f"## Defences, naive student\n\n{off}{_table(head, rows)}"
 
@@ -93,6 +114,7 @@ def _defence_row(results: Sequence[Result], own: Sequence[Result]) -> list[str]:
         _interval(accuracy(own)),
         _interval(clean),
         _interval(temperature),
+        _share([r.hidden for r in own]),
         str(len(own)),
     ]
 
@@ -101,6 +123,11 @@ def _teacher(own: Sequence[Result]) -> str:
     values = [100 * r.teacher for r in own]
     spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{spread}{'' if all(r.is_matched for r in own) else ' (off)'}"
+
+
+def _share(values: Sequence[float]) -> str:
+    low, high = f"{100 * min(values):.0f}", f"{100 * max(values):.0f}"
+    return f"{low}%" if low == high else f"{low} to {high}%"
 
 
 def _knob(own: Sequence[Result]) -> str:
@@ -137,6 +164,23 @@ def _decisive(results: Sequence[Result]) -> str:
     text += "" if all(c.is_matched for _, c in found) else f" {_OFF}"
     head = ["cost", "less", "difference", "the student is", "seeds"]
     return f"## What decides\n\n{text}\n\n{_table(head, rows)}"
+
+
+def _choices(results: Sequence[Result]) -> str:
+    rows = [[c.control, _interval(c.interval), _verdict(c.interval), _by_seed(c)] for c in choices(results)]
+    if not rows:
+        return ""
+    text = (
+        "Student accuracy, naive, where of several of the teacher's own traces of a problem the one with the highest "
+        "dose is kept, less that under the control. Δ is of the loss on numbers at a proxy that was trained on clean "
+        "traces. There is nothing to match: no token's odds are changed."
+    )
+    head = ["less", "difference", "the student is", "by seed"]
+    return f"## Choosing among the teacher's own traces\n\n{text}\n\n{_table(head, rows)}"
+
+
+def _by_seed(found: Comparison) -> str:
+    return ", ".join(f"{100 * d:+.1f}" for d in found.by_seed.values())
 
 
 def _verdict(found: Interval) -> str:

@@ -14,6 +14,7 @@ from adlocal.errors import InputError
 from .intervals import Interval, over_seeds, paired, paired_with_mean, wilson
 
 METHOD = "antidistillation, guarded"
+CHOSEN, CHOSEN_AT_RANDOM = "best of 8", "best of 8, random 1"
 RANDOMS = "random directions, guarded"
 _MATCHED = 0.02  # teacher accuracy that a matched point may be off
 
@@ -37,6 +38,7 @@ class Result:
     guard: float
     temperature: float
     words: float
+    hidden: float
     n_examples: int
     losses: list[float]
     cosine: dict[str, float] | None
@@ -158,6 +160,17 @@ def comparisons(results: Sequence[Result], cost: float) -> list[Comparison]:
     else:
         controls += [(f"{_short(name)}, same guard", own) for name, own in randoms.items()]
     found = (_compared(name, ours, theirs) for name, theirs in controls)
+    return [comparison for comparison in found if comparison]
+
+
+def choices(results: Sequence[Result]) -> list[Comparison]:
+    """What choosing among the teacher's own traces does, and what is left of it without the gradient."""
+    ours = of(results, CHOSEN, None)
+    controls = {
+        "clean traces": of(results, "clean", None),
+        "a random direction's choice": of(results, CHOSEN_AT_RANDOM, None),
+    }
+    found = (_compared(name, ours, theirs) for name, theirs in controls.items())
     return [comparison for comparison in found if comparison]
 
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def execute(stages: Iterable[Stage], root: Path, jobs: int) -> None:
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
     context = multiprocessing.get_context("spawn")
     with (
+        environment("TQDM_DISABLE", "1"),  # tqdm looks when it is imported: our bar stays, the workers have none
         tqdm(total=total, desc="laboratory", bar_format=bar_format) as bar,
         ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare_worker) as pool,
     ):
@@ -137,12 +139,27 @@ def run(stage: Stage, root: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """A variable of the environment, for a while."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def _prepare_worker() -> None:
     """One thread a process; bars are the parent's; no worker outlives a parent that is killed."""
     import torch
+    import transformers
 
     torch.set_num_threads(1)
-    os.environ["TQDM_DISABLE"] = "1"
+    transformers.utils.logging.disable_progress_bar()
     threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -64,6 +65,7 @@ _WORKED: dict[Kind, tuple[str, ...]] = {
         "that leads to {c}",
     ),
 }
+_HIDDEN = re.compile(r"(?<!twice )(?<!thrice )that leads to")
 _OPENERS = ("", "let us see .", "well ,", "step by step :", "we start with {v} {things} .", "{name} has {v} .")
 _LINKS = (".", ", then", "; next", ". so")
 _CHECKS = ("check : {c}", "yes , {c}")
@@ -156,6 +158,16 @@ def answer_of(text: str) -> int | None:
 def is_right(problem: Problem, completion: str) -> bool:
     """Whether a completion ends in the problem's answer."""
     return answer_of(completion) == problem.answer
+
+
+def n_steps(prompt: str) -> int:
+    """How many steps a problem asks for."""
+    return prompt.count(" . ") - 1
+
+
+def n_hidden(completion: str) -> int:
+    """How many steps a solution tells by their result alone, saying neither operand nor operation."""
+    return len(_HIDDEN.findall(completion))
 
 
 def words() -> list[str]:

@@ -69,6 +69,11 @@ class Traces(Stage):
     def seconds(self) -> float:
         return self.n * self.k * (0.01 if self.bundle else 0.005) + (25 if self.cost is not None else 0)
 
+    @property
+    def candidates(self) -> int:
+        """Completions that each trace is chosen among."""
+        return 1
+
     def _setting(self, root: Path) -> Setting:
         found = self.like.read(root, "summary.json") if self.like else dataclasses.asdict(self)
         return Setting(**{field.name: found[field.name] for field in dataclasses.fields(Setting)})
@@ -77,7 +82,7 @@ class Traces(Stage):
         bundle = self.bundle.path(root) / "bundle" if self.bundle else None
         others = [other.path(root) / "bundle" for other in self.others]
         asked = [p for p in task.distinct(self.prompts, "train", self.n) for _ in range(self.k)]
-        with closing(Defended(self.teacher.path(root) / "model.gguf", bundle, others)) as llm:
+        with closing(Defended(self.teacher.path(root) / "model.gguf", bundle, others, self.candidates)) as llm:
             setting, search = self._setting(root), list[Point]()
             if self.cost is not None and self.clean is not None:
                 target = self.clean.read(root, "summary.json")["accuracy"] - self.cost
@@ -88,6 +93,21 @@ class Traces(Stage):
             file.writelines(json.dumps(row) + "\n" for row in rows)
         found = {**summary(rows), **dataclasses.asdict(setting), "search": search}
         (out / "summary.json").write_text(json.dumps(found))
+
+
+@dataclass(frozen=True)
+class Chosen(Traces):
+    """Of several sampled solutions of each problem the one with the highest dose."""
+
+    best_of: int = 8
+
+    @property
+    def candidates(self) -> int:
+        return self.best_of
+
+    @property
+    def seconds(self) -> float:
+        return super().seconds * self.best_of
 
 
 def _matched(
