@@ -156,6 +156,13 @@ def test_the_verdict_follows_the_data(permuted: float, verdict: str, source: Pat
     assert table_row(text, "10", "permuted, same guard", verdict)
 
 
+def test_an_accuracy_over_seeds_stays_one(source: Path) -> None:
+    """Around 0.6 the t interval of 0.2, 0.6 and 1.0 would reach from −0.39 to 1.59."""
+    rows = [row("clean", student, seed) for seed, student in enumerate((0.2, 0.6, 1.0))]
+    text = report.markdown(results.read(save(source, rows)), source.parent)
+    assert "60.0 [0.0, 100.0]" in table_row(text, "clean", "3")
+
+
 def test_a_choice_is_compared_with_clean_traces_and_a_choice_at_random(source: Path) -> None:
     """By hand: 0.50, 0.49 and 0.42 less 0.60, 0.61 and 0.62, half-width 4.303 of their standard error."""
     chosen = [

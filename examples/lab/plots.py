@@ -23,7 +23,7 @@ LOOKS = {
     "permuted": ("#cc79a7", "P"),
     "permuted, guarded": ("#d55e00", "X"),
     RANDOMS: (_plot.GREY, "<"),
-    CHOSEN: ("#f0e442", "*"),
+    CHOSEN: ("#661100", "*"),
 }
 _SMOOTHED = 20  # steps
 

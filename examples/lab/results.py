@@ -130,7 +130,8 @@ def spent(results: Sequence[Result]) -> float:
 def accuracy(results: Sequence[Result]) -> Interval:
     """Of the students of one defence and attack: over seeds, or of the only one."""
     if len(results) > 1:
-        return over_seeds([r.student for r in results])
+        found = over_seeds([r.student for r in results])
+        return Interval(found.value, max(0.0, found.low), min(1.0, found.high))  # the t interval knows no bounds
     return wilson(results[0].right)
 
 
