@@ -17,7 +17,7 @@ from .stages import execute, ordered
 _PLANS = {"quick": plan.quick, "full": plan.full, "hypotheses": plan.hypotheses}
 _EPILOG = """examples:
   python -m examples.lab quick            one seed, the method among its controls
-  python -m examples.lab full --jobs 8    three seeds, more proxies, costs and attackers
+  python -m examples.lab full --jobs 8    three seeds, more proxies, costs and attackers; whole traces
   python -m examples.lab report full      the report again, from the results stored
 
 A run that is stopped goes on where it was. quick and full share what they have in common."""
