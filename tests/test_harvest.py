@@ -568,13 +568,15 @@ def test_protected_traces_are_resumed(
     status, report, _ = traces(ROWS, *sampling, "-np", 3, "--json")
     assert (status, out.read_bytes()) == (0, whole)
     assert json.loads(report)["resumed"] == rows_left
+    status, _, told = traces(ROWS, *sampling, "--best-of", 2)
+    assert (status, out.read_bytes()) == (2, whole)
+    assert "best_of" in told, "another number of candidates makes other traces"
 
 
 OTHER_PROTECTION: dict[str, tuple[list[object], str]] = {
     "strength": (["--strength", 5], "was made with strength 6.0, this run has 5.0"),
     "guard": (["--guard", 0.1], "was made with guard 0.05, this run has 0.1"),
     "bundle": (["--bundle", "other_bundle"], "was made with bundle "),
-    "best of": (["--best-of", 2, "--temp", 1], "was made with "),
 }
 
 

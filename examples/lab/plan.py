@@ -14,7 +14,7 @@ from . import task
 from .bundles import Bundle, Numbers
 from .defences import Kind
 from .exact import Exact
-from .results import CHOSEN, CHOSEN_AT_RANDOM
+from .results import CHOSEN, CHOSEN_AT_RANDOM, N_BEST
 from .stages import Stage
 from .students import Attack, Student
 from .traces import Chosen, Traces, read
@@ -23,7 +23,6 @@ from .world import World
 GUARD = 0.05
 COST = 0.10
 N_RANDOM = 5
-N_BEST = 8
 QUICK_SEEDS, HYPOTHESES_SEEDS, FULL_SEEDS, CHOSEN_SEEDS = (0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)
 
 

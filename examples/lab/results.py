@@ -14,7 +14,8 @@ from adlocal.errors import InputError
 from .intervals import Interval, over_seeds, paired, paired_with_mean, wilson
 
 METHOD = "antidistillation, guarded"
-CHOSEN, CHOSEN_AT_RANDOM = "best of 8", "best of 8, random 1"
+N_BEST = 8  # traces to choose among
+CHOSEN, CHOSEN_AT_RANDOM = f"best of {N_BEST}", f"best of {N_BEST}, random 1"
 RANDOMS = "random directions, guarded"
 _MATCHED = 0.02  # teacher accuracy that a matched point may be off
 
