@@ -25,6 +25,7 @@ def row(defence: str, student: float, seed: int = 0, **changes: Any) -> dict[str
         "scale": "full",
         "defence": defence,
         "attack": "naive",
+        "variant": "",
         "cost": None if defence in ("clean", "guard alone") else 0.1,
         "teacher": 0.9 if defence in ("clean", "guard alone") else 0.8,
         "teacher_n": 2000,
@@ -125,6 +126,19 @@ def test_a_paired_interval_knows_which_problems_both_solve() -> None:
     assert found.excludes_zero
     assert wilson(ours).high > wilson(theirs).low
     assert not Interval(0.1, -0.1, 0.3).excludes_zero
+
+
+def test_a_variant_has_a_table_of_its_own_and_is_in_no_other(source: Path) -> None:
+    other = [
+        row("clean", 0.95, variant="a larger student"),
+        row("antidistillation, guarded", 0.77, variant="a larger student"),
+    ]
+    plain = report.markdown(results.read(save(source, ROWS)), source.parent)
+    text = report.markdown(results.read(save(source, [*ROWS, *other])), source.parent)
+    usual, _, rest = text.partition("## Defences, naive student, a larger student\n\n")
+    own, _, after = rest.partition("## ")
+    assert usual + "## " + after == plain
+    assert "| 18.0 [" in table_row(own, "10", "antidistillation, guarded"), "18 points under the variant's own clean"
 
 
 def test_the_tables_hold_means_and_intervals_over_seeds(source: Path) -> None:

@@ -47,6 +47,30 @@ SAYINGS = {
     r"thrice that leads to (?P<c>\d+)": "3 * v",
     r"that leads to (?P<c>\d+)": "",  # the prompt has the reason
 }
+# What may be said beside those where wording is free.
+SAYINGS_FREELY = {
+    r"(?P<c>\d+) is (\d+) plus (\d+)": "{0} + {1}",
+    r"(?P<c>\d+) is (\d+) minus (\d+)": "{0} - {1}",
+    r"(?P<c>\d+) is (\d+) times (\d+)": "{0} * {1}",
+    r"(\d+) plus (\d+) plus (\d+) is (?P<c>\d+)": "{0} + {1} + {2}",
+    r"(\d+) with (\d+) more is (?P<c>\d+)": "{0} + {1}",
+    r"(\d+) with (\d+) less is (?P<c>\d+)": "{0} - {1}",
+    r"with (\d+) more , (?P<c>\d+)": "v + {0}",
+    r"with (\d+) less , (?P<c>\d+)": "v - {0}",
+    r"with twice that , (?P<c>\d+)": "2 * v",
+    r"with thrice that , (?P<c>\d+)": "3 * v",
+    r"from (\d+) to (?P<c>\d+) by (\d+) more": "{0} + {1}",
+    r"from (\d+) to (?P<c>\d+) by (\d+) less": "{0} - {1}",
+    r"from (\d+) to (?P<c>\d+) by doubling": "2 * {0}",
+    r"from (\d+) to (?P<c>\d+) by tripling": "3 * {0}",
+    r"adding (\d+) leads to (?P<c>\d+)": "v + {0}",
+    r"taking (\d+) leads to (?P<c>\d+)": "v - {0}",
+    r"doubling leads to (?P<c>\d+)": "2 * v",
+    r"tripling leads to (?P<c>\d+)": "3 * v",
+    r"twice (\d+) is (?P<c>\d+)": "2 * {0}",
+    r"thrice (\d+) is (?P<c>\d+)": "3 * {0}",
+    r"(\d+) minus (\d+) leaves (?P<c>\d+)": "{0} - {1}",
+}
 REMARKS = (
     r"let us see",
     r"well ,",
@@ -62,6 +86,7 @@ REMARKS = (
     r"; next",
     r"\.(?: so(?! \w+ has))?",
 )
+REMARKS_FREELY = (r"yes ,(?! \d+ (?:\.|,|;|$))", r"next", r"now(?! \d+ , from)")
 
 
 def some(n: int = N) -> Iterator[task.Problem]:
@@ -89,11 +114,15 @@ def arithmetic(prompt: str) -> str:
     return " ".join(word for word in words if word not in task.THINGS)
 
 
-def results_said(solution: str, name: str, things: str, start: int) -> list[int]:
+def results_said(solution: str, name: str, things: str, start: int, *, freely: bool = False) -> list[int]:
     """The results that a solution states, each checked against its own reason; nothing in it is left unread."""
-    rest, value, found = solution.strip(), start, []
+    rest, value, found = solution.strip(), start, list[int]()
+    sayings: dict[str, str] = SAYINGS
+    remarks: tuple[str, ...] = REMARKS
+    if freely:
+        sayings, remarks = {**SAYINGS, **SAYINGS_FREELY}, (*REMARKS_FREELY, *REMARKS)
     while rest:
-        readings = [(m, reason) for pattern, reason in SAYINGS.items() if (m := re.match(pattern + r"(?: |$)", rest))]
+        readings = [(m, reason) for pattern, reason in sayings.items() if (m := re.match(pattern + r"(?: |$)", rest))]
         if readings:
             ((match, reason),) = readings
             numbers = [int(g) for i, g in enumerate(match.groups(), 1) if i != match.re.groupindex["c"]]
@@ -102,7 +131,7 @@ def results_said(solution: str, name: str, things: str, start: int) -> list[int]
             if reason:
                 assert eval(reason.format(*numbers), {"v": before}) == value, rest
         else:
-            match = next(m for pattern in REMARKS if (m := re.match(pattern + r"(?: |$)", rest)))
+            match = next(m for pattern in remarks if (m := re.match(pattern + r"(?: |$)", rest)))
             said = match.groupdict()
             assert int(said.get("v") or value) == value, rest
             assert said.get("thing") in (None, things)
@@ -120,17 +149,19 @@ def test_answers_are_those_of_the_prompts_words() -> None:
         assert 2 <= len(values) - 1 <= 4
 
 
-def test_solutions_say_the_prompts_values_and_give_right_reasons() -> None:
+@pytest.mark.parametrize("freely", [False, True], ids=["as usual", "freely"])
+def test_solutions_say_the_prompts_values_and_give_right_reasons(freely: bool) -> None:
     rng, heard = random.Random(0), ""
-    for problem in some():
-        solution = problem.solution(rng)
+    for problem in some(4 * N if freely else N):
+        solution = problem.solution(rng, freely=freely)
         name, things, (start, *after) = values_read(problem.prompt)
-        assert results_said(solution, name, things, start) == after
+        assert results_said(solution, name, things, start, freely=freely) == after
         assert int(re.findall(r"\d+", solution)[-1]) == after[-1]
         assert task.is_right(problem, solution)
         assert not task.is_right(problem, solution + f" {after[-1] % 40 + 1}")
         heard += solution
-    assert all(re.search(pattern, heard) for pattern in (*SAYINGS, *REMARKS)), "some phrasing was never heard"
+    wanted = (*SAYINGS, *REMARKS, *(SAYINGS_FREELY if freely else ()), *(REMARKS_FREELY if freely else ()))
+    assert all(re.search(pattern, heard) for pattern in wanted), "some phrasing was never heard"
 
 
 def test_steps_and_those_told_by_their_result_alone_are_counted() -> None:
@@ -195,8 +226,9 @@ def test_the_answer_is_the_last_number(text: str, answer: int | None) -> None:
 
 
 def texts(n: int) -> list[tuple[str, str]]:
+    """Half of them worded freely."""
     rng = random.Random(1)
-    return [(problem.prompt, problem.solution(rng)) for problem in some(n)]
+    return [(problem.prompt, problem.solution(rng, freely=i % 2 == 0)) for i, problem in enumerate(some(n))]
 
 
 @pytest.fixture(scope="module")

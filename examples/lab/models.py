@@ -41,6 +41,7 @@ class Size:
 
 
 TEACHER, STUDENT, PROXY, SMALLER, LARGER = Size(128, 4), Size(96, 3), Size(96, 4), Size(64, 3), Size(128, 3)
+LARGE_STUDENT = Size(160, 4)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class Pretrained(Stage):
     @property
     def seconds(self) -> float:
         return self.n_steps * self.size.width * self.size.depth * 2e-4
+
+    @property
+    def freely(self) -> bool:
+        """Whether the solutions are worded freely."""
+        return False
 
     def run(self, root: Path, out: Path) -> None:
         model, batches = new_model(self.size, self.seed), self._batches()
@@ -94,7 +100,16 @@ class Pretrained(Stage):
         )
         while True:
             problem = next(easy if rng.random() < self.easy else every)
-            yield Example.of(problem.prompt, problem.solution(rng))
+            yield Example.of(problem.prompt, problem.solution(rng, freely=self.freely))
+
+
+@dataclass(frozen=True)
+class FreelyWorded(Pretrained):
+    """A model trained on solutions in twice as many phrasings."""
+
+    @property
+    def freely(self) -> bool:
+        return True
 
 
 def new_model(size: Size, seed: str) -> Any:

@@ -14,7 +14,8 @@ from . import task
 from .bundles import Bundle, Numbers
 from .defences import Kind
 from .exact import Exact
-from .results import CHOSEN, CHOSEN_AT_RANDOM, N_BEST
+from .models import LARGE_STUDENT
+from .results import CHOSEN, CHOSEN_AT_RANDOM, METHOD, N_BEST
 from .stages import Stage
 from .students import Attack, Student
 from .traces import Chosen, Traces, read
@@ -35,9 +36,9 @@ class Entry:
         defence: what the traces were made with.
         attack: what the attacker did with them.
         student: the stage.
-        exact: of the proxies, where Δ is compared with float64.
         cost: teacher accuracy that the defence was to give up, or None.
         exact: where Δ of the proxies is compared with float64, or None.
+        variant: what is otherwise than in the laboratory's usual setting; the report has a table for each.
     """
 
     world: World
@@ -46,6 +47,7 @@ class Entry:
     student: Student
     cost: float | None = None
     exact: Exact | None = None
+    variant: str = ""
 
     @property
     def stages(self) -> list[Stage]:
@@ -130,6 +132,11 @@ def _attacked(world: World) -> Iterator[Entry]:
         yield Entry(world, "no protected traces", f"{share:.0%} clean alone", student)
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "the base saw everything": {"easy": 0.9},
+    "a larger student": {"student": LARGE_STUDENT},
+    "freer wording": {"freely": True},
+}
 ATTACKS: tuple[tuple[str, Attack, float], ...] = (
     ("right answers", "right answers", 0.0),
     ("perplexity", "perplexity", 0.0),
@@ -195,9 +202,10 @@ def _asked(world: World) -> Iterator[Entry]:
     for kind, strength in kinds:
         yield _naive(world, f"{kind}, guarded", matched(world, kind, gradient, GUARD, strength=strength))
     yield Entry(world, "re-aimed, guarded", "naive", _re_aimed(world, gradient), COST)
-    for entry in _compared(dataclasses.replace(world, easy=0.9)):
-        if entry.defence in ("clean", "temperature", "antidistillation, guarded"):
-            yield dataclasses.replace(entry, defence=f"{entry.defence}, base saw everything")
+    for variant, changes in VARIANTS.items():
+        for entry in _compared(dataclasses.replace(world, **changes)):
+            if entry.defence in ("clean", "temperature", METHOD):
+                yield dataclasses.replace(entry, variant=variant, exact=None)
 
 
 def _re_aimed(world: World, gradient: Bundle) -> Student:
@@ -244,6 +252,7 @@ def _row(entry: Entry, root: Path) -> dict[str, Any]:
         "seed": world.seed,
         "defence": entry.defence,
         "attack": entry.attack,
+        "variant": entry.variant,
         "cost": entry.cost,
         "teacher": summary["accuracy"],
         "teacher_n": summary["n"],

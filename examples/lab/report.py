@@ -47,26 +47,24 @@ def write(source: Path, out: Path) -> None:
     """
     _plot.require("the report")
     results = read(source)
+    usual = [r for r in results if not r.variant]
     out.mkdir(parents=True, exist_ok=True)
-    plots.tradeoff(results, out / "tradeoff.png")
-    plots.defences(results, out / "defences.png")
-    plots.losses(results, out / "losses.png")
-    if _attacked(results):
-        plots.attackers(results, out / "attackers.png")
+    plots.tradeoff(usual, out / "tradeoff.png")
+    plots.defences(usual, out / "defences.png")
+    plots.losses(usual, out / "losses.png")
+    if _attacked(usual):
+        plots.attackers(usual, out / "attackers.png")
     with written_whole(out / "report.md") as partial:
         partial.write_text(markdown(results, source.parent), encoding="utf-8")
 
 
 def markdown(results: Sequence[Result], root: Path) -> str:
     """The whole text."""
-    sections = [_setting(results), _defences(results), _decisive(results), _seeds(results), _choices(results)]
-    sections += [
-        _attackers(results),
-        _best(results),
-        _proxies(results),
-        _side_by_side(results, root),
-        _pictures(results),
-    ]
+    usual = [r for r in results if not r.variant]
+    sections = [_setting(usual), _defences(usual), _decisive(usual), _seeds(usual), _choices(usual), _attackers(usual)]
+    for variant in sorted({r.variant for r in results} - {""}):
+        sections.append(_defences([r for r in results if r.variant == variant], f", {variant}"))
+    sections += [_best(usual), _proxies(usual), _side_by_side(usual, root), _pictures(usual)]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -87,7 +85,7 @@ def _setting(results: Sequence[Result]) -> str:
     )
 
 
-def _defences(results: Sequence[Result]) -> str:
+def _defences(results: Sequence[Result], variant: str = "") -> str:
     naive = _naive(results)
     rows = []
     for cost in sorted({r.cost for r in naive}, key=lambda c: -1.0 if c is None else c):
@@ -98,7 +96,7 @@ def _defences(results: Sequence[Result]) -> str:
     head = ["asked cost", "defence", "knob", "teacher", "student", "less than clean", "less than temperature"]
     head += ["steps told by their result alone", "seeds"]
     off = "" if all(r.is_matched for r in naive) else f"{_OFF}\n\n"
-    return f"## Defences, naive student\n\n{off}{_table(head, rows)}"
+    return f"## Defences, naive student{variant}\n\n{off}{_table(head, rows)}"
 
 
 def _defence_row(results: Sequence[Result], own: Sequence[Result]) -> list[str]:

@@ -28,6 +28,7 @@ class Result:
     scale: str
     defence: str
     attack: str
+    variant: str
     cost: float | None
     teacher: float
     teacher_n: int

@@ -20,6 +20,7 @@ LARGEST = 40
 KINDS: tuple[Kind, ...] = ("+", "-", "*2", "*3")
 _TEST_SHARE = 10  # one arithmetic in so many is for tests
 _CHECKED = 0.1  # share of steps that are checked
+_REMARKED = 0.5  # share of steps with a remark before them, where wording is free
 
 NAMES = ("tom", "ann", "bob", "eve", "sam", "liz", "max", "zoe")
 THINGS = ("cups", "pens", "eggs", "nuts", "hats", "keys", "figs", "toys")
@@ -65,6 +66,42 @@ _WORKED: dict[Kind, tuple[str, ...]] = {
         "that leads to {c}",
     ),
 }
+# Where wording is free: as many phrasings again, of the same words, and a remark before every other step.
+_FREELY: dict[Kind, tuple[str, ...]] = {
+    "+": (
+        "{c} is {b} plus {a}",
+        "{a} and {b} make {c}",
+        "{b} with {a} more is {c}",
+        "with {a} more , {c}",
+        "from {b} to {c} by {a} more",
+        "adding {a} leads to {c}",
+    ),
+    "-": (
+        "{c} is {b} minus {a}",
+        "{b} minus {a} leaves {c}",
+        "{b} with {a} less is {c}",
+        "with {a} less , {c}",
+        "from {b} to {c} by {a} less",
+        "taking {a} leads to {c}",
+    ),
+    "*2": (
+        "{c} is {b} times 2",
+        "{b} plus {b} is {c}",
+        "twice {b} is {c}",
+        "with twice that , {c}",
+        "from {b} to {c} by doubling",
+        "doubling leads to {c}",
+    ),
+    "*3": (
+        "{c} is {b} times 3",
+        "{b} plus {b} plus {b} is {c}",
+        "thrice {b} is {c}",
+        "with thrice that , {c}",
+        "from {b} to {c} by tripling",
+        "tripling leads to {c}",
+    ),
+}
+_REMARKS = ("well ,", "yes ,", "next", "now")
 _HIDDEN = re.compile(r"(?<!twice )(?<!thrice )that leads to")
 _OPENERS = ("", "let us see .", "well ,", "step by step :", "we start with {v} {things} .", "{name} has {v} .")
 _LINKS = (".", ", then", "; next", ". so")
@@ -117,14 +154,17 @@ class Problem:
         arithmetic = repr((self.start, [(s.kind, s.operand) for s in self.steps]))
         return "train" if hashlib.sha256(arithmetic.encode()).digest()[0] % _TEST_SHARE else "test"
 
-    def solution(self, rng: random.Random) -> str:
-        """A right solution in phrasings that `rng` picks."""
+    def solution(self, rng: random.Random, *, freely: bool = False) -> str:
+        """A right solution in phrasings that `rng` picks, `freely` from twice as many."""
         fields = {"name": self.name, "things": self.things}
         parts = [rng.choice(_OPENERS).format(v=self.start, **fields)]
         for i, (step, before, after) in enumerate(zip(self.steps, self.values, self.values[1:], strict=False)):
             if i:
                 parts.append(rng.choice(_LINKS))
-            parts.append(rng.choice(_WORKED[step.kind]).format(b=before, a=step.operand, c=after))
+            if freely and rng.random() < _REMARKED:
+                parts.append(rng.choice(_REMARKS))
+            phrasings = _WORKED[step.kind] + (_FREELY[step.kind] if freely else ())
+            parts.append(rng.choice(phrasings).format(b=before, a=step.operand, c=after))
             if rng.random() < _CHECKED:
                 parts.append(". " + rng.choice(_CHECKS).format(c=after))
         parts.append(". " + rng.choice(_CLOSERS).format(v=self.answer, **fields))
@@ -171,7 +211,7 @@ def n_hidden(completion: str) -> int:
 
 
 def words() -> list[str]:
-    """Every word that prompts and solutions are made of, numbers first."""
+    """Every word that prompts and solutions are made of, numbers first. Free wording has no others."""
     templates = [*_OPENERS, *_LINKS, *_CHECKS, *_CLOSERS, "{name} has {v} {things} . how many ?"]
     templates += [t for table in (_ASKED, _WORKED) for options in table.values() for t in options]
     plain = {word for template in templates for word in template.split() if "{" not in word}

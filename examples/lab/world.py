@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .models import LARGER, PROXY, SMALLER, STUDENT, TEACHER, Pretrained
+from .models import LARGER, PROXY, SMALLER, STUDENT, TEACHER, FreelyWorded, Pretrained, Size
 from .traces import N_TRACES, Traces
 
 
@@ -18,32 +18,36 @@ class World:
             seen a doubling or a tripling.
         n_steps: of a base or a proxy; a teacher takes more.
         n_traces: that an attacker collects.
+        student: size of the base.
+        freely: whether solutions have twice as many phrasings.
     """
 
     seed: int
     easy: float = 1.0
     n_steps: int = 2000
     n_traces: int = N_TRACES
+    student: Size = STUDENT
+    freely: bool = False
 
     @property
     def teacher(self) -> Pretrained:
-        return Pretrained(TEACHER, f"{self.seed} teacher", easy=0.0, n_steps=self.n_steps * 13 // 10, least=0.97)
+        return self._trained(TEACHER, "teacher", easy=0.0, n_steps=self.n_steps * 13 // 10, least=0.97)
 
     @property
     def base(self) -> Pretrained:
-        return Pretrained(STUDENT, f"{self.seed} student", self.easy, n_steps=self.n_steps)
+        return self._trained(self.student, "student", self.easy, self.n_steps)
 
     @property
     def proxy(self) -> Pretrained:
-        return Pretrained(PROXY, f"{self.seed} proxy", self.easy, n_steps=self.n_steps)
+        return self._trained(PROXY, "proxy", self.easy, self.n_steps)
 
     @property
     def smaller(self) -> Pretrained:
-        return Pretrained(SMALLER, f"{self.seed} smaller", self.easy, n_steps=self.n_steps)
+        return self._trained(SMALLER, "smaller", self.easy, self.n_steps)
 
     @property
     def larger(self) -> Pretrained:
-        return Pretrained(LARGER, f"{self.seed} larger", self.easy, n_steps=self.n_steps)
+        return self._trained(LARGER, "larger", self.easy, self.n_steps)
 
     @property
     def clean(self) -> Traces:
@@ -52,3 +56,7 @@ class World:
     @property
     def holdout(self) -> Traces:
         return Traces(self.teacher, f"{self.seed} holdout", n=self.n_traces // 5)
+
+    def _trained(self, size: Size, name: str, easy: float, n_steps: int, least: float = 0.0) -> Pretrained:
+        kind = FreelyWorded if self.freely else Pretrained
+        return kind(size, f"{self.seed} {name}", easy, n_steps, least)
