@@ -31,6 +31,7 @@ def row(defence: str, student: float, seed: int = 0, **changes: Any) -> dict[str
         "teacher_n": 2000,
         "clean": 0.9,
         "base": 0.25,
+        "unsaid": 0.5,
         "student": student,
         "right": [i < round(student * N) for i in range(N)],
         "strength": 2.0,
@@ -136,9 +137,36 @@ def test_a_variant_has_a_table_of_its_own_and_is_in_no_other(source: Path) -> No
     plain = report.markdown(results.read(save(source, ROWS)), source.parent)
     text = report.markdown(results.read(save(source, [*ROWS, *other])), source.parent)
     usual, _, rest = text.partition("## Defences, naive student, a larger student\n\n")
-    own, _, after = rest.partition("## ")
-    assert usual + "## " + after == plain
+    own, _, after = rest.partition("## Whom it protects against")
+    assert usual + after[after.index("## The best found") :] == plain
     assert "| 18.0 [" in table_row(own, "10", "antidistillation, guarded"), "18 points under the variant's own clean"
+
+
+def test_bases_are_told_apart_by_what_they_can_do(source: Path) -> None:
+    """Two that need operands said lose 40 and 20 points, two that do not 2 and 6; the larger cost counts."""
+    rows = []
+    for seed, unsaid, lost in ((0, 0.20, 0.40), (1, 0.97, 0.02), (2, 0.66, 0.20), (3, 0.67, 0.06)):
+        rows += [
+            row("clean", 0.70, seed, unsaid=unsaid),
+            row("best of 8", 0.70 - lost, seed, cost=None, unsaid=unsaid),
+            row("best of 8", 0.10, seed, cost=None, unsaid=unsaid, attack="right answers"),
+            row("temperature", 0.70 - lost / 2, seed, unsaid=unsaid),
+            row("temperature", 0.60, seed, unsaid=unsaid, cost=0.05),
+        ]
+    report.write(save(source, rows), source.parent / "full")
+    assert (source.parent / "full" / "learners.png").stat().st_size > 10_000
+    text = (source.parent / "full" / "report.md").read_text()
+    of_bases = text[text.index("## Whom it protects against") :].partition("\n## ")[0]
+    assert "20.0 | – | 40.0 | – |" in table_row(of_bases, "seed 0", "20.0")
+    assert of_bases.index("| seed 0 |") < of_bases.index("| seed 2 |") < of_bases.index("| seed 1 |"), (
+        "the least able first"
+    )
+    half = 12.706 * np.std([0.40, 0.20], ddof=1) / math.sqrt(2)
+    weak = f"30.0 [{100 * (0.30 - half):.1f}, {100 * (0.30 + half):.1f}]"
+    assert weak in table_row(of_bases, "under two thirds", "2")
+    assert "| 4.0 [" in table_row(of_bases, "at least two thirds", "2")
+    few = report.markdown(results.read(save(source, rows[:15])), source.parent)
+    assert "## Whom it protects against" not in few
 
 
 def test_the_tables_hold_means_and_intervals_over_seeds(source: Path) -> None:

@@ -15,6 +15,7 @@ from .bundles import Bundle, Numbers
 from .defences import Kind
 from .exact import Exact
 from .models import LARGE_STUDENT
+from .probe import Probe
 from .results import CHOSEN, CHOSEN_AT_RANDOM, METHOD, N_BEST
 from .stages import Stage
 from .students import Attack, Student
@@ -24,6 +25,7 @@ from .world import World
 GUARD = 0.05
 COST = 0.10
 N_RANDOM = 5
+N_STUDENTS = 4
 QUICK_SEEDS, HYPOTHESES_SEEDS, FULL_SEEDS, CHOSEN_SEEDS = (0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)
 
 
@@ -52,7 +54,12 @@ class Entry:
     @property
     def stages(self) -> list[Stage]:
         """What has to be done for it."""
-        return [self.student, *([self.exact] if self.exact else [])]
+        return [self.student, self.probe, *([self.exact] if self.exact else [])]
+
+    @property
+    def probe(self) -> Probe:
+        """What its base can do before it sees a trace."""
+        return Probe(self.world.base)
 
 
 def quick() -> list[Entry]:
@@ -96,6 +103,7 @@ def _varied(world: World) -> Iterator[Entry]:
     gradient = Bundle(world.proxy, world.holdout)
     random = Bundle(world.proxy, world.holdout, random=0)
     yield _naive(world, "antidistillation", matched(world, "bundle", gradient))
+    yield _naive(world, "random 1", matched(world, "bundle", random))
     yield _naive(world, "permuted", matched(world, "permuted", gradient))
     others = {
         "linear, guarded": Bundle(world.proxy, world.holdout, params="linear"),
@@ -203,9 +211,23 @@ def _asked(world: World) -> Iterator[Entry]:
         yield _naive(world, f"{kind}, guarded", matched(world, kind, gradient, GUARD, strength=strength))
     yield Entry(world, "re-aimed, guarded", "naive", _re_aimed(world, gradient), COST)
     for variant, changes in VARIANTS.items():
-        for entry in _compared(dataclasses.replace(world, **changes)):
-            if entry.defence in ("clean", "temperature", METHOD):
-                yield dataclasses.replace(entry, variant=variant, exact=None)
+        yield from _variant(dataclasses.replace(world, **changes), variant, ("clean", "temperature", METHOD))
+
+
+def _variant(world: World, name: str, defences: Sequence[str] = ()) -> Iterator[Entry]:
+    """The naive students of another world: of some defences, or of all."""
+    for entry in (*_compared(world), *_chosen(world)):
+        if entry.attack == "naive" and entry.defence in (defences or (entry.defence,)):
+            yield dataclasses.replace(entry, variant=name, exact=None)
+
+
+def _others(world: World) -> Iterator[Entry]:
+    """Other students of the same traces: does it depend on the traces, or on who learns from them?"""
+    half = dataclasses.replace(world, student_steps=world.n_steps // 2)
+    yield from _variant(half, "bases trained half as long")
+    for number in range(1, N_STUDENTS):
+        other = dataclasses.replace(world, number=number)
+        yield from _variant(other, f"student {number + 1}", ("clean", "temperature", METHOD, CHOSEN, CHOSEN_AT_RANDOM))
 
 
 def _re_aimed(world: World, gradient: Bundle) -> Student:
@@ -238,8 +260,8 @@ def _naive(world: World, defence: str, traces: Traces, cost: float = COST) -> En
 
 
 def results(entries: Sequence[Entry], root: Path) -> list[dict[str, Any]]:
-    """A row of results for every entry whose stages are done; what `report` reads."""
-    return [_row(entry, root) for entry in entries if entry.student.is_done(root)]
+    """A row of results for every entry whose student is done; what `report` reads."""
+    return [_row(entry, root) for entry in entries if entry.student.is_done(root) and entry.probe.is_done(root)]
 
 
 def _row(entry: Entry, root: Path) -> dict[str, Any]:
@@ -258,6 +280,7 @@ def _row(entry: Entry, root: Path) -> dict[str, Any]:
         "teacher_n": summary["n"],
         "clean": clean["accuracy"],
         "base": world.base.read(root, "accuracy.json")["accuracy"],
+        "unsaid": entry.probe.read(root, "probe.json")["unsaid"],
         "student": graded["accuracy"],
         "n_test": graded["n"],
         "right": graded["right"],

@@ -13,6 +13,7 @@ from adlocal import _plot
 from adlocal._files import written_whole
 
 from .intervals import paired, wilson
+from .tables import table
 
 _COLOURS = {"base": _plot.GREY, "clean": _plot.BLUE, "protected": _plot.ORANGE}
 _EXCERPT = 600  # characters of an example
@@ -85,12 +86,12 @@ def markdown(found: Sequence[dict[str, Any]], taught: Sequence[Taught]) -> str:
         f"Strength {settings['strength']:g} nats at guard {settings['guard']:g}, temperature {settings['temp']:g}. "
         f"{_CAVEAT}",
         "## The teacher's traces",
-        _table(
+        table(
             ["traces", "right", "95%", "n", "cut", "tokens a trace", "dose a token"],
             [_teacher_cells(row) for row in teachers],
         ),
         "## Students",
-        _table(
+        table(
             ["student", "right", "95%", "n", "trained on", "steps", "first loss", "last loss"],
             [_student_cells(row) for row in students.values()],
         ),
@@ -100,7 +101,7 @@ def markdown(found: Sequence[dict[str, Any]], taught: Sequence[Taught]) -> str:
         "## One prompt, answered by the teacher",
         *_example(taught),
         "## Settings",
-        _table(["setting", "value"], [[name, f"`{value}`"] for name, value in settings.items()]),
+        table(["setting", "value"], [[name, f"`{value}`"] for name, value in settings.items()]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -135,11 +136,6 @@ def _verdict(students: dict[str, dict[str, Any]]) -> str:
         f"The student of protected traces less that of clean ones, on the same problems: {100 * mean:+.1f} points "
         f"({100 * low:+.1f} to {100 * high:+.1f}): {verdict}."
     )
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
 
 
 def _example(taught: Sequence[Taught]) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from adlocal import _plot
 from adlocal._files import written_whole
 
-from . import plots
+from . import learners, plots
 from .intervals import Interval
 from .results import (
     METHOD,
@@ -28,6 +28,7 @@ from .results import (
     read,
     spent,
 )
+from .tables import interval, percent, table
 
 _BUDGETS = (0.02, 0.05, 0.10)  # of teacher accuracy
 _OVER = 0.01  # let pass: what the search for a strength leaves
@@ -52,6 +53,8 @@ def write(source: Path, out: Path) -> None:
     plots.tradeoff(usual, out / "tradeoff.png")
     plots.defences(usual, out / "defences.png")
     plots.losses(usual, out / "losses.png")
+    if learners.learners(results):
+        learners.draw(results, out / "learners.png")
     if _attacked(usual):
         plots.attackers(usual, out / "attackers.png")
     with written_whole(out / "report.md") as partial:
@@ -64,7 +67,13 @@ def markdown(results: Sequence[Result], root: Path) -> str:
     sections = [_setting(usual), _defences(usual), _decisive(usual), _seeds(usual), _choices(usual), _attackers(usual)]
     for variant in sorted({r.variant for r in results} - {""}):
         sections.append(_defences([r for r in results if r.variant == variant], f", {variant}"))
-    sections += [_best(usual), _proxies(usual), _side_by_side(usual, root), _pictures(usual)]
+    sections += [
+        learners.markdown(results),
+        _best(usual),
+        _proxies(usual),
+        _side_by_side(usual, root),
+        _pictures(usual),
+    ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -80,8 +89,8 @@ def _setting(results: Sequence[Result]) -> str:
     return (
         f"# Laboratory, {results[0].scale}\n\n"
         f"Seeds {', '.join(map(str, seeds))}; {results[0].teacher_n} traces a defence, "
-        f"{len(results[0].right)} test problems. The teacher without protection is right in {_percent(clean)}% of its "
-        f"sampled traces, the student before fine-tuning in {_percent(base)}% of the test problems. {covers}"
+        f"{len(results[0].right)} test problems. The teacher without protection is right in {percent(clean)}% of its "
+        f"sampled traces, the student before fine-tuning in {percent(base)}% of the test problems. {covers}"
     )
 
 
@@ -96,7 +105,7 @@ def _defences(results: Sequence[Result], variant: str = "") -> str:
     head = ["asked cost", "defence", "knob", "teacher", "student", "less than clean", "less than temperature"]
     head += ["steps told by their result alone", "seeds"]
     off = "" if all(r.is_matched for r in naive) else f"{_OFF}\n\n"
-    return f"## Defences, naive student{variant}\n\n{off}{_table(head, rows)}"
+    return f"## Defences, naive student{variant}\n\n{off}{table(head, rows)}"
 
 
 def _defence_row(results: Sequence[Result], own: Sequence[Result]) -> list[str]:
@@ -109,9 +118,9 @@ def _defence_row(results: Sequence[Result], own: Sequence[Result]) -> list[str]:
         first.defence,
         _knob(own),
         _teacher(own),
-        _interval(accuracy(own)),
-        _interval(clean),
-        _interval(temperature),
+        interval(accuracy(own)),
+        interval(clean),
+        interval(temperature),
         _share([r.hidden for r in own]),
         str(len(own)),
     ]
@@ -148,7 +157,7 @@ def _decisive(results: Sequence[Result]) -> str:
         [
             f"{100 * cost:.0f}",
             c.control,
-            _interval(c.interval),
+            interval(c.interval),
             _verdict(c.interval) + ("" if c.is_matched else " (off)"),
             str(len(c.by_seed)),
         ]
@@ -161,11 +170,11 @@ def _decisive(results: Sequence[Result]) -> str:
     )
     text += "" if all(c.is_matched for _, c in found) else f" {_OFF}"
     head = ["cost", "less", "difference", "the student is", "seeds"]
-    return f"## What decides\n\n{text}\n\n{_table(head, rows)}"
+    return f"## What decides\n\n{text}\n\n{table(head, rows)}"
 
 
 def _choices(results: Sequence[Result]) -> str:
-    rows = [[c.control, _interval(c.interval), _verdict(c.interval), _by_seed(c)] for c in choices(results)]
+    rows = [[c.control, interval(c.interval), _verdict(c.interval), _by_seed(c)] for c in choices(results)]
     if not rows:
         return ""
     text = (
@@ -174,7 +183,7 @@ def _choices(results: Sequence[Result]) -> str:
         "traces. There is nothing to match: no token's odds are changed."
     )
     head = ["less", "difference", "the student is", "by seed"]
-    return f"## Choosing among the teacher's own traces\n\n{text}\n\n{_table(head, rows)}"
+    return f"## Choosing among the teacher's own traces\n\n{text}\n\n{table(head, rows)}"
 
 
 def _by_seed(found: Comparison) -> str:
@@ -213,7 +222,7 @@ def _attackers(results: Sequence[Result]) -> str:
     tried = {r.label: r for r in attacked if r.defence == METHOD and of(results, "clean", None)}
     told = [f"- {label}: {_undone(results, [r])}" for label, r in tried.items()]
     head = ["attacker", "traces", "student", "more than naive", "taken back", "less than clean"]
-    return "\n\n".join(["## Attackers", text, _table(head, rows), *(["\n".join(told)] if told else [])])
+    return "\n\n".join(["## Attackers", text, table(head, rows), *(["\n".join(told)] if told else [])])
 
 
 def _attack_row(results: Sequence[Result], own: Sequence[Result]) -> list[str]:
@@ -221,7 +230,7 @@ def _attack_row(results: Sequence[Result], own: Sequence[Result]) -> list[str]:
     more, less, lost = difference(own, naive), difference(clean, own), difference(clean, naive)
     is_protected = more and lost and lost.low > 0
     back = f"{100 * more.value / lost.value:.0f}%" if more and lost and is_protected else "–"
-    return [own[0].attack, own[0].label, _interval(accuracy(own)), _interval(more), back, _interval(less)]
+    return [own[0].attack, own[0].label, interval(accuracy(own)), interval(more), back, interval(less)]
 
 
 def _best(results: Sequence[Result]) -> str:
@@ -248,10 +257,10 @@ def _praise(results: Sequence[Result], own: Sequence[Result]) -> str:
     """What a defence gives, and who undoes it."""
     clean = of(results, "clean", None)
     less = difference(clean, own)
-    text = f"**{own[0].label}** (spent {100 * spent(own):.1f}), student {_interval(accuracy(own))}"
+    text = f"**{own[0].label}** (spent {100 * spent(own):.1f}), student {interval(accuracy(own))}"
     if less is None:
         return f"{text}."
-    text += f", {_interval(less)} points under clean"
+    text += f", {interval(less)} points under clean"
     if less.low <= 0:
         return f"{text}: not told apart from no protection."
     return f"{text}. {_undone(results, own)}"
@@ -272,7 +281,7 @@ def _undone(results: Sequence[Result], own: Sequence[Result]) -> str:
 
 def _proxies(results: Sequence[Result]) -> str:
     rows = [
-        [r.defence, str(r.seed), f"{r.cosine['median']:.4f}", f"{r.cosine['p10']:.4f}", _percent(r.student)]
+        [r.defence, str(r.seed), f"{r.cosine['median']:.4f}", f"{r.cosine['p10']:.4f}", percent(r.student)]
         for r in results
         if r.cosine
     ]
@@ -282,7 +291,7 @@ def _proxies(results: Sequence[Result]) -> str:
         "Cosine of Δ through llama.cpp with the directional derivative of the unquantized proxy in float64, a position."
     )
     head = ["proxy", "seed", "median", "10th percentile", "student"]
-    return f"## Δ against float64\n\n{text}\n\n{_table(head, rows)}"
+    return f"## Δ against float64\n\n{text}\n\n{table(head, rows)}"
 
 
 def _side_by_side(results: Sequence[Result], root: Path) -> str:
@@ -320,16 +329,3 @@ def _naive(results: Sequence[Result]) -> list[Result]:
 
 def _attacked(results: Sequence[Result]) -> list[Result]:
     return [r for r in results if r.attack != "naive"]
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def _interval(found: Interval | None) -> str:
-    return f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]" if found else "–"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -34,6 +34,7 @@ class Result:
     teacher_n: int
     clean: float
     base: float
+    unsaid: float
     student: float
     right: list[bool]
     strength: float

@@ -19,6 +19,8 @@ class World:
         n_steps: of a base or a proxy; a teacher takes more.
         n_traces: that an attacker collects.
         student: size of the base.
+        student_steps: that the base was trained for, if not `n_steps`.
+        number: which of several bases of this seed; all else is the same.
         freely: whether solutions have twice as many phrasings.
     """
 
@@ -27,6 +29,8 @@ class World:
     n_steps: int = 2000
     n_traces: int = N_TRACES
     student: Size = STUDENT
+    student_steps: int | None = None
+    number: int = 0
     freely: bool = False
 
     @property
@@ -35,7 +39,8 @@ class World:
 
     @property
     def base(self) -> Pretrained:
-        return self._trained(self.student, "student", self.easy, self.n_steps)
+        name = f"student {self.number}" if self.number else "student"
+        return self._trained(self.student, name, self.easy, self.student_steps or self.n_steps)
 
     @property
     def proxy(self) -> Pretrained:

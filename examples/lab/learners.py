@@ -1,0 +1,104 @@
+"""Whom a defence protects against: students by what their bases can do before they see a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from adlocal import _plot
+
+from .intervals import Interval, over_seeds
+from .plots import LOOKS
+from .results import CHOSEN, CHOSEN_AT_RANDOM, METHOD, Result
+from .tables import interval, percent, table
+
+ABLE = 2 / 3  # of unsaid steps right; set before the students it divides were trained
+_DEFENCES = ("temperature", METHOD, CHOSEN, CHOSEN_AT_RANDOM)
+_FEWEST = 4
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A base, and the naive students that it became.
+
+    Attributes:
+        name: its seed, and what else is its own.
+        unsaid: share of the steps without said operands that it got right before it saw a trace.
+        clean: accuracy of its student of clean traces.
+        lost: points of accuracy that its students of defended traces are under that, by defence.
+    """
+
+    name: str
+    unsaid: float
+    clean: float
+    lost: dict[str, float]
+
+    @property
+    def is_able(self) -> bool:
+        return self.unsaid >= ABLE
+
+
+def learners(results: Sequence[Result]) -> list[Learner]:
+    """Those with clean traces and a defence, the least able first; none where there are few of them.
+
+    Of several costs the largest counts.
+    """
+    groups: dict[tuple[str, int], list[Result]] = {}
+    for r in results:
+        if r.attack == "naive":
+            groups.setdefault((r.variant, r.seed), []).append(r)
+    found = []
+    for (variant, seed), own in groups.items():
+        students = {r.defence: r.student for r in sorted(own, key=lambda r: r.cost or 0.0)}
+        lost = {name: students["clean"] - students[name] for name in _DEFENCES if {name, "clean"} <= students.keys()}
+        if lost:
+            name = f"seed {seed}, {variant}" if variant else f"seed {seed}"
+            found.append(Learner(name, own[0].unsaid, students["clean"], lost))
+    return sorted(found, key=lambda learner: learner.unsaid) if len(found) >= _FEWEST else []
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """A row for every base, and what the two kinds of base lose."""
+    found = learners(results)
+    if not found:
+        return ""
+    text = (
+        "How often a base gets a step's result right where the operands are not said (steps of + and −, which it "
+        "knows), and the points of accuracy that a defence takes from its student, against one of clean traces."
+    )
+    head = ["base", "unsaid steps right", "clean", *_DEFENCES]
+    rows = [[b.name, percent(b.unsaid), percent(b.clean), *(_lost(b, name) for name in _DEFENCES)] for b in found]
+    kinds = {"under": [b for b in found if not b.is_able], "at least": [b for b in found if b.is_able]}
+    summary = [
+        [f"{kind} two thirds", str(len(own)), *(interval(_mean(own, name)) for name in _DEFENCES)]
+        for kind, own in kinds.items()
+    ]
+    means = table(["unsaid steps right", "bases", *_DEFENCES], summary)
+    return f"## Whom it protects against\n\n{text}\n\n{table(head, rows)}\n\n{means}\n\n![by base](learners.png)"
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """What a base can do across, what its students lose up."""
+    fig, (axes,) = _plot.figure(1, 9.0, 5.0)
+    axes.grid(axis="both", color=_plot.GREY, alpha=0.2)
+    axes.axhline(0, color=_plot.GREY, linewidth=1)
+    for name in (d for d in _DEFENCES if d in LOOKS):
+        colour, marker = LOOKS[name]
+        points = [(100 * b.unsaid, 100 * b.lost[name]) for b in learners(results) if name in b.lost]
+        if points:
+            axes.scatter(*zip(*points, strict=True), color=colour, marker=marker, label=name, alpha=0.8)
+    axes.set_xlabel("steps without said operands that the base gets right before fine-tuning, %")
+    axes.set_ylabel("student under clean traces, points")
+    fig.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    _plot.save(fig, path)
+
+
+def _lost(learner: Learner, defence: str) -> str:
+    return percent(learner.lost[defence]) if defence in learner.lost else "–"
+
+
+def _mean(found: Sequence[Learner], defence: str) -> Interval | None:
+    """Over bases; those of one seed share a teacher, so this is narrower than over teachers."""
+    values = [b.lost[defence] for b in found if defence in b.lost]
+    return over_seeds(values) if len(values) > 1 else None

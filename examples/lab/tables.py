@@ -1,0 +1,23 @@
+"""Tables of the reports, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .intervals import Interval
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, with no line end after its last row."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+
+
+def percent(value: float) -> str:
+    """A share, with a decimal."""
+    return f"{100 * value:.1f}"
+
+
+def interval(found: Interval | None) -> str:
+    """An interval of a share, in percent; a dash for none."""
+    return f"{percent(found.value)} [{percent(found.low)}, {percent(found.high)}]" if found else "–"
