@@ -16,7 +16,7 @@ from .defences import Kind
 from .exact import Exact
 from .models import LARGE_STUDENT
 from .probe import Probe
-from .results import CHOSEN, CHOSEN_AT_RANDOM, METHOD, N_BEST
+from .results import CHOSEN, CHOSEN_AT_RANDOM, METHOD, N_BEST, OF_NUMBERS
 from .stages import Stage
 from .students import Attack, Student
 from .traces import Chosen, Traces, read
@@ -70,6 +70,12 @@ def quick() -> list[Entry]:
 def full() -> list[Entry]:
     """Three seeds: more proxies, more costs, and the attackers."""
     parts = (_compared, _attacked, _varied, _chosen)
+    return [entry for part in parts for seed in FULL_SEEDS for entry in part(World(seed))]
+
+
+def students() -> list[Entry]:
+    """Whom it protects against: the same traces for other bases, some of them less able."""
+    parts = (_compared, _chosen, _of_numbers, _weaker, _others)
     return [entry for part in parts for seed in FULL_SEEDS for entry in part(World(seed))]
 
 
@@ -173,7 +179,7 @@ def _clean(world: World) -> Entry:
 
 def _chosen(world: World) -> Iterator[Entry]:
     """Of several of the teacher's own traces the one that teaches worst: a defence that has no strength to match."""
-    trained = Student(world.proxy, (_own(world),), n_epochs=4)
+    trained = _trained(world)
     directions = {CHOSEN: Numbers(trained, world.holdout), CHOSEN_AT_RANDOM: Bundle(trained, world.holdout, random=0)}
     for name, bundle in directions.items():
         traces = Chosen(world.teacher, world.clean.prompts, "bundle", bundle=bundle, n=world.n_traces, best_of=N_BEST)
@@ -182,6 +188,20 @@ def _chosen(world: World) -> Iterator[Entry]:
             yield Entry(world, name, "right answers", Student(world.base, (traces,), "right answers"))
             yield Entry(world, name, "perplexity", Student(world.base, (traces,), "perplexity"))
             yield Entry(world, name, "25% clean", Student(world.base, (traces,), "naive", world.clean, 0.25))
+
+
+def _of_numbers(world: World) -> Iterator[Entry]:
+    """Token by token along the direction that `_chosen` chooses by, at several costs."""
+    bundle = Numbers(_trained(world), world.holdout)
+    for cost in (COST, 0.05, 0.02):
+        yield _naive(world, OF_NUMBERS, matched(world, "bundle", bundle, GUARD, cost=cost), cost)
+        if cost != COST:  # where `_compared` has none
+            yield _naive(world, "temperature", matched(world, "plain", cost=cost), cost)
+
+
+def _trained(world: World) -> Student:
+    """The proxy, trained on clean traces as a student would be."""
+    return Student(world.proxy, (_own(world),), n_epochs=4)
 
 
 def _own(world: World) -> Traces:
@@ -214,17 +234,23 @@ def _asked(world: World) -> Iterator[Entry]:
         yield from _variant(dataclasses.replace(world, **changes), variant, ("clean", "temperature", METHOD))
 
 
-def _variant(world: World, name: str, defences: Sequence[str] = ()) -> Iterator[Entry]:
-    """The naive students of another world: of some defences, or of all."""
+def _variant(world: World, name: str, defences: Sequence[str]) -> Iterator[Entry]:
+    """The naive students of some defences in another world."""
     for entry in (*_compared(world), *_chosen(world)):
-        if entry.attack == "naive" and entry.defence in (defences or (entry.defence,)):
+        if entry.attack == "naive" and entry.defence in defences:
             yield dataclasses.replace(entry, variant=name, exact=None)
+
+
+def _weaker(world: World) -> Iterator[Entry]:
+    """The same traces, for students whose bases were trained half as long."""
+    half = dataclasses.replace(world, student_steps=world.n_steps // 2)
+    filtered = _attacks(half, METHOD, matched(half, "bundle", Bundle(half.proxy, half.holdout), GUARD), ATTACKS[:1])
+    for entry in (*_compared(half), *filtered, *_chosen(half), *_of_numbers(half)):
+        yield dataclasses.replace(entry, variant="bases trained half as long", exact=None)
 
 
 def _others(world: World) -> Iterator[Entry]:
     """Other students of the same traces: does it depend on the traces, or on who learns from them?"""
-    half = dataclasses.replace(world, student_steps=world.n_steps // 2)
-    yield from _variant(half, "bases trained half as long")
     for number in range(1, N_STUDENTS):
         other = dataclasses.replace(world, number=number)
         yield from _variant(other, f"student {number + 1}", ("clean", "temperature", METHOD, CHOSEN, CHOSEN_AT_RANDOM))

@@ -65,8 +65,9 @@ def markdown(results: Sequence[Result], root: Path) -> str:
     """The whole text."""
     usual = [r for r in results if not r.variant]
     sections = [_setting(usual), _defences(usual), _decisive(usual), _seeds(usual), _choices(usual), _attackers(usual)]
-    for variant in sorted({r.variant for r in results} - {""}):
-        sections.append(_defences([r for r in results if r.variant == variant], f", {variant}"))
+    for variant in dict.fromkeys(r.variant for r in results if r.variant):
+        own = [r for r in results if r.variant == variant]
+        sections += [part(own, f", {variant}") for part in (_defences, _decisive, _choices, _attackers)]
     sections += [
         learners.markdown(results),
         _best(usual),
@@ -148,7 +149,7 @@ def _knob(own: Sequence[Result]) -> str:
 _OFF = "(off): a teacher that is more than 2 points from the accuracy that was asked for."
 
 
-def _decisive(results: Sequence[Result]) -> str:
+def _decisive(results: Sequence[Result], variant: str = "") -> str:
     """The method against its controls, at the same teacher accuracy."""
     found = [(cost, c) for cost in costs(results) for c in comparisons(results, cost)]
     if not found:
@@ -170,10 +171,10 @@ def _decisive(results: Sequence[Result]) -> str:
     )
     text += "" if all(c.is_matched for _, c in found) else f" {_OFF}"
     head = ["cost", "less", "difference", "the student is", "seeds"]
-    return f"## What decides\n\n{text}\n\n{table(head, rows)}"
+    return f"## What decides{variant}\n\n{text}\n\n{table(head, rows)}"
 
 
-def _choices(results: Sequence[Result]) -> str:
+def _choices(results: Sequence[Result], variant: str = "") -> str:
     rows = [[c.control, interval(c.interval), _verdict(c.interval), _by_seed(c)] for c in choices(results)]
     if not rows:
         return ""
@@ -183,7 +184,7 @@ def _choices(results: Sequence[Result]) -> str:
         "traces. There is nothing to match: no token's odds are changed."
     )
     head = ["less", "difference", "the student is", "by seed"]
-    return f"## Choosing among the teacher's own traces\n\n{text}\n\n{table(head, rows)}"
+    return f"## Choosing among the teacher's own traces{variant}\n\n{text}\n\n{table(head, rows)}"
 
 
 def _by_seed(found: Comparison) -> str:
@@ -209,7 +210,7 @@ def _seeds(results: Sequence[Result]) -> str:
     return "## Seeds where the method's student is not the worse one\n\n" + "\n".join(lines)
 
 
-def _attackers(results: Sequence[Result]) -> str:
+def _attackers(results: Sequence[Result], variant: str = "") -> str:
     attacked = _attacked(results)
     if not attacked:
         return ""
@@ -222,7 +223,7 @@ def _attackers(results: Sequence[Result]) -> str:
     tried = {r.label: r for r in attacked if r.defence == METHOD and of(results, "clean", None)}
     told = [f"- {label}: {_undone(results, [r])}" for label, r in tried.items()]
     head = ["attacker", "traces", "student", "more than naive", "taken back", "less than clean"]
-    return "\n\n".join(["## Attackers", text, table(head, rows), *(["\n".join(told)] if told else [])])
+    return "\n\n".join([f"## Attackers{variant}", text, table(head, rows), *(["\n".join(told)] if told else [])])
 
 
 def _attack_row(results: Sequence[Result], own: Sequence[Result]) -> list[str]:

@@ -16,6 +16,7 @@ from .intervals import Interval, over_seeds, paired, paired_with_mean, wilson
 METHOD = "antidistillation, guarded"
 N_BEST = 8  # traces to choose among
 CHOSEN, CHOSEN_AT_RANDOM = f"best of {N_BEST}", f"best of {N_BEST}, random 1"
+OF_NUMBERS = "antidistillation of numbers, guarded"
 RANDOMS = "random directions, guarded"
 _MATCHED = 0.02  # teacher accuracy that a matched point may be off
 
