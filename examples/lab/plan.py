@@ -69,13 +69,13 @@ def quick() -> list[Entry]:
 
 def full() -> list[Entry]:
     """Three seeds: more proxies, more costs, and the attackers."""
-    parts = (_compared, _attacked, _varied, _chosen)
+    parts = (_compared, _attacked, _varied, _cheaper, _chosen)
     return [entry for part in parts for seed in FULL_SEEDS for entry in part(World(seed))]
 
 
 def students() -> list[Entry]:
     """Whom it protects against: the same traces for other bases, some of them less able."""
-    parts = (_compared, _chosen, _of_numbers, _weaker, _others)
+    parts = (_compared, _cheaper, _chosen, _of_numbers, _weaker, _others)
     return [entry for part in parts for seed in FULL_SEEDS for entry in part(World(seed))]
 
 
@@ -105,7 +105,7 @@ def _compared(world: World) -> Iterator[Entry]:
 
 
 def _varied(world: World) -> Iterator[Entry]:
-    """The same without guard, other directions and proxies, and the method at lower costs."""
+    """The same without guard, and other directions and proxies."""
     gradient = Bundle(world.proxy, world.holdout)
     random = Bundle(world.proxy, world.holdout, random=0)
     yield _naive(world, "antidistillation", matched(world, "bundle", gradient))
@@ -123,6 +123,12 @@ def _varied(world: World) -> Iterator[Entry]:
         exact = Exact(bundle, world.proxy, world.clean) if bundle.quant else None
         yield dataclasses.replace(_naive(world, name, matched(world, "bundle", bundle, GUARD)), exact=exact)
     yield _naive(world, "experts", matched(world, "experts", gradient, strength=0.5))
+
+
+def _cheaper(world: World) -> Iterator[Entry]:
+    """The method and its controls at lower costs."""
+    gradient = Bundle(world.proxy, world.holdout)
+    random = Bundle(world.proxy, world.holdout, random=0)
     for cost in (0.05, 0.02):
         yield _naive(world, "temperature", matched(world, "plain", cost=cost), cost)
         yield _naive(world, "antidistillation, guarded", matched(world, "bundle", gradient, GUARD, cost=cost), cost)
@@ -170,7 +176,7 @@ def _attacks(
         clean = world.clean if share else None
         again = dataclasses.replace(traces, cost=None, clean=None, like=traces, k=3)
         student = Student(world.base, (again if attack == "majority" else traces,), attack, clean, share)
-        yield Entry(world, defence, name, student, COST)
+        yield Entry(world, defence, name, student, traces.cost)
 
 
 def _clean(world: World) -> Entry:
@@ -194,9 +200,9 @@ def _of_numbers(world: World) -> Iterator[Entry]:
     """Token by token along the direction that `_chosen` chooses by, at several costs."""
     bundle = Numbers(_trained(world), world.holdout)
     for cost in (COST, 0.05, 0.02):
-        yield _naive(world, OF_NUMBERS, matched(world, "bundle", bundle, GUARD, cost=cost), cost)
-        if cost != COST:  # where `_compared` has none
-            yield _naive(world, "temperature", matched(world, "plain", cost=cost), cost)
+        traces = matched(world, "bundle", bundle, GUARD, cost=cost)
+        yield _naive(world, OF_NUMBERS, traces, cost)
+        yield from _attacks(world, OF_NUMBERS, traces, ATTACKS[:1] if cost == 0.05 else ())
 
 
 def _trained(world: World) -> Student:
@@ -245,7 +251,7 @@ def _weaker(world: World) -> Iterator[Entry]:
     """The same traces, for students whose bases were trained half as long."""
     half = dataclasses.replace(world, student_steps=world.n_steps // 2)
     filtered = _attacks(half, METHOD, matched(half, "bundle", Bundle(half.proxy, half.holdout), GUARD), ATTACKS[:1])
-    for entry in (*_compared(half), *filtered, *_chosen(half), *_of_numbers(half)):
+    for entry in (*_compared(half), *filtered, *_cheaper(half), *_chosen(half), *_of_numbers(half)):
         yield dataclasses.replace(entry, variant="bases trained half as long", exact=None)
 
 
