@@ -143,7 +143,7 @@ def test_a_variant_has_a_table_of_its_own_and_is_in_no_other(source: Path) -> No
 
 
 def test_bases_are_told_apart_by_what_they_can_do(source: Path) -> None:
-    """Two that need operands said lose 40 and 20 points, two that do not 2 and 6; the larger cost counts."""
+    """Two that need operands said lose 40 and 20 points, two that do not 2 and 6."""
     rows = []
     for seed, unsaid, lost in ((0, 0.20, 0.40), (1, 0.97, 0.02), (2, 0.66, 0.20), (3, 0.67, 0.06)):
         rows += [
@@ -151,13 +151,14 @@ def test_bases_are_told_apart_by_what_they_can_do(source: Path) -> None:
             row("best of 8", 0.70 - lost, seed, cost=None, unsaid=unsaid),
             row("best of 8", 0.10, seed, cost=None, unsaid=unsaid, attack="right answers"),
             row("temperature", 0.70 - lost / 2, seed, unsaid=unsaid),
-            row("temperature", 0.60, seed, unsaid=unsaid, cost=0.05),
+            row("temperature", 0.60, seed, unsaid=unsaid, cost=0.02),
+            row("temperature", 0.10, seed, unsaid=unsaid, cost=0.05),
         ]
     report.write(save(source, rows), source.parent / "full")
     assert (source.parent / "full" / "learners.png").stat().st_size > 10_000
     text = (source.parent / "full" / "report.md").read_text()
     of_bases = text[text.index("## Whom it protects against") :].partition("\n## ")[0]
-    assert "20.0 | – | 40.0 | – |" in table_row(of_bases, "seed 0", "20.0")
+    assert "| 20.0 | – | 10.0 | – | 40.0 | – |" in table_row(of_bases, "seed 0", "70.0")
     assert of_bases.index("| seed 0 |") < of_bases.index("| seed 2 |") < of_bases.index("| seed 1 |"), (
         "the least able first"
     )
@@ -165,7 +166,7 @@ def test_bases_are_told_apart_by_what_they_can_do(source: Path) -> None:
     weak = f"30.0 [{100 * (0.30 - half):.1f}, {100 * (0.30 + half):.1f}]"
     assert weak in table_row(of_bases, "under two thirds", "2")
     assert "| 4.0 [" in table_row(of_bases, "at least two thirds", "2")
-    few = report.markdown(results.read(save(source, rows[:15])), source.parent)
+    few = report.markdown(results.read(save(source, rows[:18])), source.parent)
     assert "## Whom it protects against" not in few
 
 

@@ -10,11 +10,19 @@ from adlocal import _plot
 
 from .intervals import Interval, over_seeds
 from .plots import LOOKS
-from .results import CHOSEN, CHOSEN_AT_RANDOM, METHOD, Result
+from .results import CHOSEN, CHOSEN_AT_RANDOM, METHOD, OF_NUMBERS, Result
 from .tables import interval, percent, table
 
 ABLE = 2 / 3  # of unsaid steps right; set before the students it divides were trained
-_DEFENCES = ("temperature", METHOD, CHOSEN, CHOSEN_AT_RANDOM)
+# By label: what is compared at a cost of 10 points, and what is found to act at 2 or less.
+_LOOKS = {
+    "temperature, −10": LOOKS["temperature"],
+    f"{METHOD}, −10": LOOKS[METHOD],
+    "temperature, −2": ("#009e73", "d"),
+    f"{OF_NUMBERS}, −2": ("#cc79a7", "P"),
+    CHOSEN: LOOKS[CHOSEN],
+    CHOSEN_AT_RANDOM: (_plot.GREY, "x"),
+}
 _FEWEST = 4
 
 
@@ -26,7 +34,7 @@ class Learner:
         name: its seed, and what else is its own.
         unsaid: share of the steps without said operands that it got right before it saw a trace.
         clean: accuracy of its student of clean traces.
-        lost: points of accuracy that its students of defended traces are under that, by defence.
+        lost: points of accuracy that its students of defended traces are under that, by label.
     """
 
     name: str
@@ -40,18 +48,15 @@ class Learner:
 
 
 def learners(results: Sequence[Result]) -> list[Learner]:
-    """Those with clean traces and a defence, the least able first; none where there are few of them.
-
-    Of several costs the largest counts.
-    """
+    """Those with clean traces and a defence, the least able first; none where there are few of them."""
     groups: dict[tuple[str, int], list[Result]] = {}
     for r in results:
         if r.attack == "naive":
             groups.setdefault((r.variant, r.seed), []).append(r)
     found = []
     for (variant, seed), own in groups.items():
-        students = {r.defence: r.student for r in sorted(own, key=lambda r: r.cost or 0.0)}
-        lost = {name: students["clean"] - students[name] for name in _DEFENCES if {name, "clean"} <= students.keys()}
+        students = {r.label: r.student for r in own}
+        lost = {label: students["clean"] - students[label] for label in _LOOKS if {label, "clean"} <= students.keys()}
         if lost:
             name = f"seed {seed}, {variant}" if variant else f"seed {seed}"
             found.append(Learner(name, own[0].unsaid, students["clean"], lost))
@@ -67,14 +72,14 @@ def markdown(results: Sequence[Result]) -> str:
         "How often a base gets a step's result right where the operands are not said (steps of + and −, which it "
         "knows), and the points of accuracy that a defence takes from its student, against one of clean traces."
     )
-    head = ["base", "unsaid steps right", "clean", *_DEFENCES]
-    rows = [[b.name, percent(b.unsaid), percent(b.clean), *(_lost(b, name) for name in _DEFENCES)] for b in found]
+    head = ["base", "unsaid steps right", "clean", *_LOOKS]
+    rows = [[b.name, percent(b.unsaid), percent(b.clean), *(_lost(b, name) for name in _LOOKS)] for b in found]
     kinds = {"under": [b for b in found if not b.is_able], "at least": [b for b in found if b.is_able]}
     summary = [
-        [f"{kind} two thirds", str(len(own)), *(interval(_mean(own, name)) for name in _DEFENCES)]
+        [f"{kind} two thirds", str(len(own)), *(interval(_mean(own, name)) for name in _LOOKS)]
         for kind, own in kinds.items()
     ]
-    means = table(["unsaid steps right", "bases", *_DEFENCES], summary)
+    means = table(["unsaid steps right", "bases", *_LOOKS], summary)
     return f"## Whom it protects against\n\n{text}\n\n{table(head, rows)}\n\n{means}\n\n![by base](learners.png)"
 
 
@@ -83,8 +88,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     fig, (axes,) = _plot.figure(1, 9.0, 5.0)
     axes.grid(axis="both", color=_plot.GREY, alpha=0.2)
     axes.axhline(0, color=_plot.GREY, linewidth=1)
-    for name in (d for d in _DEFENCES if d in LOOKS):
-        colour, marker = LOOKS[name]
+    for name, (colour, marker) in _LOOKS.items():
         points = [(100 * b.unsaid, 100 * b.lost[name]) for b in learners(results) if name in b.lost]
         if points:
             axes.scatter(*zip(*points, strict=True), color=colour, marker=marker, label=name, alpha=0.8)

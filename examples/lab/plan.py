@@ -25,7 +25,6 @@ from .world import World
 GUARD = 0.05
 COST = 0.10
 N_RANDOM = 5
-N_STUDENTS = 4
 QUICK_SEEDS, HYPOTHESES_SEEDS, FULL_SEEDS, CHOSEN_SEEDS = (0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)
 
 
@@ -75,8 +74,9 @@ def full() -> list[Entry]:
 
 def students() -> list[Entry]:
     """Whom it protects against: the same traces for other bases, some of them less able."""
-    parts = (_compared, _cheaper, _chosen, _of_numbers, _weaker, _others)
-    return [entry for part in parts for seed in FULL_SEEDS for entry in part(World(seed))]
+    parts = (_compared, _cheaper, _chosen, _of_numbers, _others)
+    asked = [entry for part in parts for seed in FULL_SEEDS for entry in part(World(seed))]
+    return asked + [entry for seed in CHOSEN_SEEDS for entry in _weaker(World(seed))]
 
 
 def hypotheses() -> list[Entry]:
@@ -131,9 +131,9 @@ def _cheaper(world: World) -> Iterator[Entry]:
     random = Bundle(world.proxy, world.holdout, random=0)
     for cost in (0.05, 0.02):
         yield _naive(world, "temperature", matched(world, "plain", cost=cost), cost)
-        yield _naive(world, "antidistillation, guarded", matched(world, "bundle", gradient, GUARD, cost=cost), cost)
-    yield _naive(world, "random 1, guarded", matched(world, "bundle", random, GUARD, cost=0.05), 0.05)
-    yield _naive(world, "permuted, guarded", matched(world, "permuted", gradient, GUARD, cost=0.05), 0.05)
+        yield _naive(world, METHOD, matched(world, "bundle", gradient, GUARD, cost=cost), cost)
+        yield _naive(world, "random 1, guarded", matched(world, "bundle", random, GUARD, cost=cost), cost)
+        yield _naive(world, "permuted, guarded", matched(world, "permuted", gradient, GUARD, cost=cost), cost)
 
 
 def _attacked(world: World) -> Iterator[Entry]:
@@ -202,7 +202,7 @@ def _of_numbers(world: World) -> Iterator[Entry]:
     for cost in (COST, 0.05, 0.02):
         traces = matched(world, "bundle", bundle, GUARD, cost=cost)
         yield _naive(world, OF_NUMBERS, traces, cost)
-        yield from _attacks(world, OF_NUMBERS, traces, ATTACKS[:1] if cost == 0.05 else ())
+        yield from _attacks(world, OF_NUMBERS, traces, ATTACKS[:1] if cost < COST else ())
 
 
 def _trained(world: World) -> Student:
@@ -257,9 +257,8 @@ def _weaker(world: World) -> Iterator[Entry]:
 
 def _others(world: World) -> Iterator[Entry]:
     """Other students of the same traces: does it depend on the traces, or on who learns from them?"""
-    for number in range(1, N_STUDENTS):
-        other = dataclasses.replace(world, number=number)
-        yield from _variant(other, f"student {number + 1}", ("clean", "temperature", METHOD, CHOSEN, CHOSEN_AT_RANDOM))
+    other = dataclasses.replace(world, number=1)
+    yield from _variant(other, "another base", ("clean", "temperature", METHOD, CHOSEN, CHOSEN_AT_RANDOM))
 
 
 def _re_aimed(world: World, gradient: Bundle) -> Student:
