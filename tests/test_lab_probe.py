@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from examples.lab import probe, task, vocabulary
+from examples.lab.stages import Stage
 from examples.lab.training import Batch
 
 
@@ -33,6 +36,22 @@ def test_a_step_follows_the_prompt_and_the_steps_before(saying: str | None) -> N
             step, old = problem.steps[i], problem.values[i]
             operation = {"+": "plus", "-": "minus"}[step.kind]
             assert last == (saying or f"{old} {operation} {step.operand} is")
+
+
+def test_said_and_unsaid_operands_are_asked_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that answers 3 after "is", which only said operands end in, and 0 elsewhere, which no step results in."""
+
+    def says(input_ids: torch.Tensor) -> SimpleNamespace:
+        logits = torch.zeros(*input_ids.shape, vocabulary.N_VOCAB)
+        logits[:, :, vocabulary.IDS[" 0"]] = 0.5
+        logits[:, :, vocabulary.IDS[" 3"]] = (input_ids == vocabulary.IDS[" is"]).float()
+        return SimpleNamespace(logits=logits)
+
+    monkeypatch.setattr(probe, "load", lambda directory: says)
+    probe.Probe(Stage()).run(tmp_path, tmp_path)
+    found = json.loads((tmp_path / "probe.json").read_text())
+    assert found["unsaid"] == 0
+    assert 0 < found["said"] < 0.2, "a result among 40"
 
 
 def test_right_results_are_counted() -> None:

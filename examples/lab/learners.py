@@ -13,7 +13,7 @@ from .plots import LOOKS
 from .results import CHOSEN, CHOSEN_AT_RANDOM, METHOD, OF_NUMBERS, Result
 from .tables import interval, percent, table
 
-ABLE = 2 / 3  # of unsaid steps right; set before the students it divides were trained
+ABLE = 2 / 3  # of unsaid steps right; set before any but the usual students were seen
 # By label: what is compared at a cost of 10 points, and what is found to act at 2 or less.
 _LOOKS = {
     "temperature, −10": LOOKS["temperature"],
@@ -85,11 +85,12 @@ def markdown(results: Sequence[Result]) -> str:
 
 def draw(results: Sequence[Result], path: Path) -> None:
     """What a base can do across, what its students lose up."""
+    found = learners(results)
     fig, (axes,) = _plot.figure(1, 9.0, 5.0)
     axes.grid(axis="both", color=_plot.GREY, alpha=0.2)
     axes.axhline(0, color=_plot.GREY, linewidth=1)
     for name, (colour, marker) in _LOOKS.items():
-        points = [(100 * b.unsaid, 100 * b.lost[name]) for b in learners(results) if name in b.lost]
+        points = [(100 * b.unsaid, 100 * b.lost[name]) for b in found if name in b.lost]
         if points:
             axes.scatter(*zip(*points, strict=True), color=colour, marker=marker, label=name, alpha=0.8)
     axes.set_xlabel("steps without said operands that the base gets right before fine-tuning, %")
