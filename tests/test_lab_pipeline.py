@@ -10,7 +10,7 @@ import torch
 
 from adlocal.errors import InputError
 from examples.lab import __main__ as lab
-from examples.lab import models, plan, report, results, stages, students, traces
+from examples.lab import collected, models, plan, report, results, stages, students, traces
 from examples.lab.world import World
 
 WANTED = {"clean", "guard alone", "temperature", "permuted, guarded", "random 1, guarded", "antidistillation, guarded"}
@@ -38,7 +38,7 @@ def test_from_nothing_to_the_report(small: World, tmp_path: Path) -> None:
         assert not stage.is_done(root)
         stages.run(stage, root)
     torch.set_num_threads(before)
-    rows = [{"scale": "quick", **row} for row in plan.results(entries, root)]
+    rows = [{"scale": "quick", **row} for row in collected.results(entries, root)]
     assert {row["defence"] for row in rows} == WANTED | CHOICES
     assert all(row["n_examples"] == 40 and row["n_test"] == 12 for row in rows)
     (method,) = [row for row in rows if row["defence"] == "antidistillation, guarded"]
@@ -56,7 +56,7 @@ def test_from_nothing_to_the_report(small: World, tmp_path: Path) -> None:
 
 
 def test_results_are_of_what_is_done(small: World, tmp_path: Path) -> None:
-    assert plan.results(list(plan._compared(small)), tmp_path) == []
+    assert collected.results(list(plan._compared(small)), tmp_path) == []
 
 
 def test_a_plan_names_each_student_once() -> None:

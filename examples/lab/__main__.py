@@ -11,7 +11,7 @@ from pathlib import Path
 from adlocal.arguments import count
 from adlocal.errors import AdlocalError
 
-from . import plan, report
+from . import collected, plan, report
 from .stages import execute, ordered
 
 _PLANS = {"quick": plan.quick, "full": plan.full, "students": plan.students, "hypotheses": plan.hypotheses}
@@ -47,7 +47,7 @@ def _run(name: str, out: Path, jobs: int) -> int:
     execute(stages, root, jobs)
     target = _results(name, out)
     partial = target.with_suffix(".partial")
-    rows = [{"scale": name, **row} for row in plan.results(entries, root)]
+    rows = [{"scale": name, **row} for row in collected.results(entries, root)]
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(partial, target)
     return _report(name, out)

@@ -5,27 +5,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from adlocal import Bundle as Metadata
-
-from . import task
 from .bundles import Bundle, Numbers
 from .defences import Kind
 from .exact import Exact
 from .models import LARGE_STUDENT
 from .probe import Probe
-from .results import CHOSEN, CHOSEN_AT_RANDOM, METHOD, N_BEST, OF_NUMBERS
+from .results import AT_RANDOM_THERE, CHOSEN, CHOSEN_AT_RANDOM, METHOD, N_BEST, OF_NUMBERS, OF_NUMBERS_PERMUTED
 from .stages import Stage
 from .students import Attack, Student
-from .traces import Chosen, Traces, read
+from .traces import Chosen, Traces
 from .world import World
 
 GUARD = 0.05
 COST = 0.10
 N_RANDOM = 5
 QUICK_SEEDS, HYPOTHESES_SEEDS, FULL_SEEDS, CHOSEN_SEEDS = (0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)
+FRESH_SEEDS = (4, 5, 6, 7)  # that no choice was made on
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,8 @@ def students() -> list[Entry]:
     """Whom it protects against: the same traces for other bases, some of them less able."""
     parts = (_compared, _cheaper, _chosen, _of_numbers, _others)
     asked = [entry for part in parts for seed in FULL_SEEDS for entry in part(World(seed))]
-    return asked + [entry for seed in CHOSEN_SEEDS for entry in _weaker(World(seed))]
+    asked += [entry for seed in CHOSEN_SEEDS for entry in _weaker(World(seed))]
+    return asked + [entry for seed in (*FRESH_SEEDS, *CHOSEN_SEEDS) for entry in _confirmed(World(seed))]
 
 
 def hypotheses() -> list[Entry]:
@@ -152,6 +150,7 @@ def _attacked(world: World) -> Iterator[Entry]:
         yield Entry(world, "no protected traces", f"{share:.0%} clean alone", student)
 
 
+_HALF = "bases trained half as long"
 VARIANTS: dict[str, dict[str, Any]] = {
     "the base saw everything": {"easy": 0.9},
     "a larger student": {"student": LARGE_STUDENT},
@@ -249,10 +248,38 @@ def _variant(world: World, name: str, defences: Sequence[str]) -> Iterator[Entry
 
 def _weaker(world: World) -> Iterator[Entry]:
     """The same traces, for students whose bases were trained half as long."""
-    half = dataclasses.replace(world, student_steps=world.n_steps // 2)
+    half = _half(world)
     filtered = _attacks(half, METHOD, matched(half, "bundle", Bundle(half.proxy, half.holdout), GUARD), ATTACKS[:1])
     for entry in (*_compared(half), *filtered, *_cheaper(half), *_chosen(half), *_of_numbers(half)):
-        yield dataclasses.replace(entry, variant="bases trained half as long", exact=None)
+        yield dataclasses.replace(entry, variant=_HALF, exact=None)
+
+
+def _confirmed(world: World) -> Iterator[Entry]:
+    """What acts on such students, beside its controls, naive and with right answers only, where `_weaker` lacks it."""
+    half, cost = _half(world), 0.02
+    numbers = Numbers(_trained(half), half.holdout)
+    there = Bundle(_trained(half), half.holdout, random=0)
+    defended = {
+        "temperature": matched(half, "plain", cost=cost),
+        OF_NUMBERS: matched(half, "bundle", numbers, GUARD, cost=cost),
+        OF_NUMBERS_PERMUTED: matched(half, "permuted", numbers, GUARD, cost=cost),
+        AT_RANDOM_THERE: matched(half, "bundle", there, GUARD, cost=cost),
+    }
+    entries = [_clean(half)]
+    for name, traces in defended.items():
+        entries += [_naive(half, name, traces, cost), *_attacks(half, name, traces, ATTACKS[:1])]
+    for entry in _chosen(half):
+        if entry.attack == "naive":
+            filtered = _attacks(half, entry.defence, entry.student.traces[0], ATTACKS[:1])
+            entries += [entry, *(filtered if entry.defence == CHOSEN else ())]
+    had = {(e.defence, e.attack, e.cost) for e in _weaker(world)} if world.seed in CHOSEN_SEEDS else set()
+    for entry in entries:
+        if (entry.defence, entry.attack, entry.cost) not in had:
+            yield dataclasses.replace(entry, variant=_HALF)
+
+
+def _half(world: World) -> World:
+    return dataclasses.replace(world, student_steps=world.n_steps // 2)
 
 
 def _others(world: World) -> Iterator[Entry]:
@@ -288,48 +315,3 @@ def matched(
 
 def _naive(world: World, defence: str, traces: Traces, cost: float = COST) -> Entry:
     return Entry(world, defence, "naive", Student(world.base, (traces,)), cost)
-
-
-def results(entries: Sequence[Entry], root: Path) -> list[dict[str, Any]]:
-    """A row of results for every entry whose student is done; what `report` reads."""
-    return [_row(entry, root) for entry in entries if entry.student.is_done(root) and entry.probe.is_done(root)]
-
-
-def _row(entry: Entry, root: Path) -> dict[str, Any]:
-    world, student = entry.world, entry.student
-    graded, clean = student.read(root, "result.json"), world.clean.read(root, "summary.json")
-    traces = student.traces[-1] if student.traces else world.clean
-    summary = traces.read(root, "summary.json")
-    bundle, exact = traces.bundle, entry.exact
-    return {
-        "seed": world.seed,
-        "defence": entry.defence,
-        "attack": entry.attack,
-        "variant": entry.variant,
-        "cost": entry.cost,
-        "teacher": summary["accuracy"],
-        "teacher_n": summary["n"],
-        "clean": clean["accuracy"],
-        "base": world.base.read(root, "accuracy.json")["accuracy"],
-        "unsaid": entry.probe.read(root, "probe.json")["unsaid"],
-        "student": graded["accuracy"],
-        "n_test": graded["n"],
-        "right": graded["right"],
-        "hidden": _hidden(traces, root),
-        **{name: summary[name] for name in ("strength", "guard", "temperature", "search", "words", "ended")},
-        "n_examples": graded["n_examples"],
-        "n_steps": graded["n_steps"],
-        "losses": student.read(root, "losses.json"),
-        "cosine": exact.read(root, "exact.json") if exact and exact.is_done(root) else None,
-        "fidelity": Metadata.open(bundle.path(root) / "bundle").fidelity_median if bundle else None,
-        "traces": f"stages/{traces.key}/traces.jsonl",
-        "key": student.key,
-        "settings": repr(student),
-    }
-
-
-def _hidden(traces: Traces, root: Path) -> float:
-    """The share of steps that the traces tell by their result alone."""
-    rows = read(traces, root)
-    n = sum(task.n_steps(row["prompt"]) for row in rows)
-    return sum(task.n_hidden(row["completion"]) for row in rows) / n

@@ -17,6 +17,7 @@ METHOD = "antidistillation, guarded"
 N_BEST = 8  # traces to choose among
 CHOSEN, CHOSEN_AT_RANDOM = f"best of {N_BEST}", f"best of {N_BEST}, random 1"
 OF_NUMBERS = "antidistillation of numbers, guarded"
+OF_NUMBERS_PERMUTED, AT_RANDOM_THERE = "numbers permuted, guarded", "a random direction there, guarded"  # same proxy
 RANDOMS = "random directions, guarded"
 _MATCHED = 0.02  # teacher accuracy that a matched point may be off
 
@@ -164,7 +165,7 @@ def comparisons(results: Sequence[Result], cost: float) -> list[Comparison]:
         controls.append((f"random directions, same guard: the best of {len(randoms)} ({_short(best)})", randoms[best]))
     else:
         controls += [(f"{_short(name)}, same guard", own) for name, own in randoms.items()]
-    found = (_compared(name, ours, theirs) for name, theirs in controls)
+    found = (compared(name, ours, theirs) for name, theirs in controls)
     return [comparison for comparison in found if comparison]
 
 
@@ -175,7 +176,7 @@ def choices(results: Sequence[Result]) -> list[Comparison]:
         "clean traces": of(results, "clean", None),
         "a random direction's choice": of(results, CHOSEN_AT_RANDOM, None),
     }
-    found = (_compared(name, ours, theirs) for name, theirs in controls.items())
+    found = (compared(name, ours, theirs) for name, theirs in controls.items())
     return [comparison for comparison in found if comparison]
 
 
@@ -188,8 +189,8 @@ def _complete(randoms: Sequence[Result]) -> dict[str, list[Result]]:
     return {name: own for name, own in sorted(groups.items()) if len(own) == most}
 
 
-def _compared(control: str, ours: Sequence[Result], theirs: Sequence[Result]) -> Comparison | None:
-    """Against the mean of all that a seed has of theirs."""
+def compared(control: str, ours: Sequence[Result], theirs: Sequence[Result]) -> Comparison | None:
+    """Our students less theirs, seed by seed, against the mean of all that a seed has of theirs; None without pairs."""
     pairs = [(a, group) for a in ours if (group := [b for b in theirs if b.seed == a.seed])]
     if not pairs:
         return None
