@@ -219,6 +219,38 @@ def test_a_choice_is_compared_with_clean_traces_and_a_choice_at_random(source: P
     assert "Choosing among" not in report.markdown(results.read(save(source, ROWS)), source.parent)
 
 
+def test_a_claim_stands_on_fresh_seeds_too(source: Path) -> None:
+    """By hand: seeds 3, 4, 5 are 20, 10 and 12 points under temperature, of which 4 and 5 are fresh."""
+    half = [
+        row(name, student, seed, cost=cost, variant="half", teacher=0.9 if cost is None else 0.88, **changes)
+        for seed, lost in ((5, 0.12), (3, 0.20), (4, 0.10))
+        for name, student, cost, changes in (
+            ("clean", 0.50, None, {}),
+            ("temperature", 0.45, 0.02, {}),
+            ("temperature", 0.20, 0.10, {}),
+            ("temperature", 0.44, 0.02, {"attack": "right answers"}),
+            ("antidistillation of numbers, guarded", 0.45 - lost, 0.02, {}),
+            ("antidistillation of numbers, guarded", 0.46, 0.02, {"attack": "right answers"}),
+            ("numbers permuted, guarded", 0.40, 0.02, {}),
+            ("best of 8", 0.30, None, {}),
+        )
+    ]
+    text = report.markdown(results.read(save(source, [*ROWS, *half])), source.parent)
+    claims = text[text.index("## What acts for 2 points or less, half") :].partition("\n## ")[0]
+    ours = "antidistillation of numbers, guarded"
+    cells = table_row(claims, ours, "naive", "temperature").split("|")
+    spread = 4.303 * np.std([20, 10, 12], ddof=1) / math.sqrt(3)
+    assert cells[4] == f" -14.0 [{-14 - spread:.1f}, {-14 + spread:.1f}] "
+    assert cells[5] == f" -11.0 [{-11 - 12.706:.1f}, {-11 + 12.706:.1f}] "
+    assert cells[6:8] == [" worse ", " -20.0, -10.0, -12.0 "], "by seed, the smallest first"
+    assert table_row(claims, ours, "right answers", "temperature", "better"), "against those who filter as well"
+    assert table_row(claims, ours, "right answers", "clean", "worse")
+    assert table_row(claims, ours, "naive", "numbers permuted, guarded", "-15.0, -5.0, -7.0")
+    assert table_row(claims, "best of 8", "naive", "temperature", "worse", "-15.0, -15.0, -15.0")
+    old = [{**r, "seed": r["seed"] - 3} for r in half]
+    assert "What acts" not in report.markdown(results.read(save(source, [*ROWS, *old])), source.parent)
+
+
 def test_a_seed_that_goes_against_the_mean_is_named(source: Path) -> None:
     text = report.markdown(results.read(save(source, ROWS)), source.parent)
     assert "against permuted, same guard: seed 1 (+3.0)" in text

@@ -12,7 +12,16 @@ from .defences import Kind
 from .exact import Exact
 from .models import LARGE_STUDENT
 from .probe import Probe
-from .results import AT_RANDOM_THERE, CHOSEN, CHOSEN_AT_RANDOM, METHOD, N_BEST, OF_NUMBERS, OF_NUMBERS_PERMUTED
+from .results import (
+    AT_RANDOM_THERE,
+    CHOSEN,
+    CHOSEN_AT_RANDOM,
+    FRESH_SEEDS,
+    METHOD,
+    N_BEST,
+    OF_NUMBERS,
+    OF_NUMBERS_PERMUTED,
+)
 from .stages import Stage
 from .students import Attack, Student
 from .traces import Chosen, Traces
@@ -22,7 +31,6 @@ GUARD = 0.05
 COST = 0.10
 N_RANDOM = 5
 QUICK_SEEDS, HYPOTHESES_SEEDS, FULL_SEEDS, CHOSEN_SEEDS = (0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)
-FRESH_SEEDS = (4, 5, 6, 7)  # that no choice was made on
 
 
 @dataclass(frozen=True)

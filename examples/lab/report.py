@@ -11,11 +11,9 @@ import numpy as np
 from adlocal import _plot
 from adlocal._files import written_whole
 
-from . import learners, plots
-from .intervals import Interval
+from . import claims, learners, plots
 from .results import (
     METHOD,
-    Comparison,
     Result,
     accuracy,
     choices,
@@ -28,7 +26,7 @@ from .results import (
     read,
     spent,
 )
-from .tables import interval, percent, table
+from .tables import by_seed, interval, percent, table, verdict
 
 _BUDGETS = (0.02, 0.05, 0.10)  # of teacher accuracy
 _OVER = 0.01  # let pass: what the search for a strength leaves
@@ -67,7 +65,9 @@ def markdown(results: Sequence[Result], root: Path) -> str:
     sections = [_setting(usual), _defences(usual), _decisive(usual), _seeds(usual), _choices(usual), _attackers(usual)]
     for variant in dict.fromkeys(r.variant for r in results if r.variant):
         own = [r for r in results if r.variant == variant]
-        sections += [part(own, f", {variant}") for part in (_defences, _decisive, _choices, _attackers)]
+        sections += [
+            part(own, f", {variant}") for part in (_defences, _decisive, claims.markdown, _choices, _attackers)
+        ]
     sections += [
         learners.markdown(results),
         _best(usual),
@@ -159,7 +159,7 @@ def _decisive(results: Sequence[Result], variant: str = "") -> str:
             f"{100 * cost:.0f}",
             c.control,
             interval(c.interval),
-            _verdict(c.interval) + ("" if c.is_matched else " (off)"),
+            verdict(c.interval) + ("" if c.is_matched else " (off)"),
             str(len(c.by_seed)),
         ]
         for cost, c in found
@@ -175,7 +175,7 @@ def _decisive(results: Sequence[Result], variant: str = "") -> str:
 
 
 def _choices(results: Sequence[Result], variant: str = "") -> str:
-    rows = [[c.control, interval(c.interval), _verdict(c.interval), _by_seed(c)] for c in choices(results)]
+    rows = [[c.control, interval(c.interval), verdict(c.interval), by_seed(c)] for c in choices(results)]
     if not rows:
         return ""
     text = (
@@ -185,16 +185,6 @@ def _choices(results: Sequence[Result], variant: str = "") -> str:
     )
     head = ["less", "difference", "the student is", "by seed"]
     return f"## Choosing among the teacher's own traces{variant}\n\n{text}\n\n{table(head, rows)}"
-
-
-def _by_seed(found: Comparison) -> str:
-    return ", ".join(f"{100 * d:+.1f}" for d in found.by_seed.values())
-
-
-def _verdict(found: Interval) -> str:
-    if not found.excludes_zero:
-        return "not told apart"
-    return "worse" if found.value < 0 else "better"
 
 
 def _seeds(results: Sequence[Result]) -> str:

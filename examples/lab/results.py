@@ -14,6 +14,7 @@ from adlocal.errors import InputError
 from .intervals import Interval, over_seeds, paired, paired_with_mean, wilson
 
 METHOD = "antidistillation, guarded"
+FRESH_SEEDS = (4, 5, 6, 7)  # that no choice was made on
 N_BEST = 8  # traces to choose among
 CHOSEN, CHOSEN_AT_RANDOM = f"best of {N_BEST}", f"best of {N_BEST}, random 1"
 OF_NUMBERS = "antidistillation of numbers, guarded"
@@ -194,7 +195,7 @@ def compared(control: str, ours: Sequence[Result], theirs: Sequence[Result]) -> 
     pairs = [(a, group) for a in ours if (group := [b for b in theirs if b.seed == a.seed])]
     if not pairs:
         return None
-    by_seed = {a.seed: a.student - mean(group) for a, group in pairs}
+    by_seed = {a.seed: a.student - mean(group) for a, group in sorted(pairs, key=lambda pair: pair[0].seed)}
     if len(pairs) > 1:
         interval = over_seeds(list(by_seed.values()))
     else:
