@@ -21,6 +21,7 @@ from .results import (
     N_BEST,
     OF_NUMBERS,
     OF_NUMBERS_PERMUTED,
+    OF_NUMBERS_UNTRAINED,
 )
 from .stages import Stage
 from .students import Attack, Student
@@ -82,7 +83,9 @@ def students() -> list[Entry]:
     parts = (_compared, _cheaper, _chosen, _of_numbers, _others)
     asked = [entry for part in parts for seed in FULL_SEEDS for entry in part(World(seed))]
     asked += [entry for seed in CHOSEN_SEEDS for entry in _weaker(World(seed))]
-    return asked + [entry for seed in (*FRESH_SEEDS, *CHOSEN_SEEDS) for entry in _confirmed(World(seed))]
+    seeds = (*FRESH_SEEDS, *CHOSEN_SEEDS)
+    asked += [entry for seed in seeds for entry in _confirmed(World(seed))]
+    return asked + [_untrained(World(seed)) for seed in seeds]
 
 
 def hypotheses() -> list[Entry]:
@@ -284,6 +287,13 @@ def _confirmed(world: World) -> Iterator[Entry]:
     for entry in entries:
         if (entry.defence, entry.attack, entry.cost) not in had:
             yield dataclasses.replace(entry, variant=_HALF)
+
+
+def _untrained(world: World) -> Entry:
+    """Of numbers, where nobody has trained the proxy on clean traces."""
+    half, cost = _half(world), 0.02
+    traces = matched(half, "bundle", Numbers(half.proxy, half.holdout), GUARD, cost=cost)
+    return dataclasses.replace(_naive(half, OF_NUMBERS_UNTRAINED, traces, cost), variant=_HALF)
 
 
 def _half(world: World) -> World:
