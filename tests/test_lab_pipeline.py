@@ -60,7 +60,7 @@ def test_results_are_of_what_is_done(small: World, tmp_path: Path) -> None:
 
 
 def test_a_plan_names_each_student_once() -> None:
-    for make in (plan.quick, plan.full, plan.students, plan.hypotheses):
+    for make in (plan.quick, plan.full, plan.students, plan.confirm, plan.hypotheses):
         entries = make()
         names = [(e.world.seed, e.variant, e.defence, e.attack, e.cost) for e in entries]
         assert len(set(names)) == len(names)

@@ -14,11 +14,18 @@ from adlocal.errors import AdlocalError
 from . import collected, plan, report
 from .stages import execute, ordered
 
-_PLANS = {"quick": plan.quick, "full": plan.full, "students": plan.students, "hypotheses": plan.hypotheses}
+_PLANS = {
+    "quick": plan.quick,
+    "full": plan.full,
+    "students": plan.students,
+    "confirm": plan.confirm,
+    "hypotheses": plan.hypotheses,
+}
 _EPILOG = """examples:
   python -m examples.lab quick            one seed, the method among its controls
   python -m examples.lab full --jobs 8    three seeds, more proxies, costs and attackers; whole traces
   python -m examples.lab students         the same traces for other students, some of them less able
+  python -m examples.lab confirm          what acts for 2 points or less on these, on eight seeds
   python -m examples.lab report full      the report again, from the results stored
 
 A run that is stopped goes on where it was. All share what they have in common."""

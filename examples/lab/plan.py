@@ -82,10 +82,12 @@ def students() -> list[Entry]:
     """Whom it protects against: the same traces for other bases, some of them less able."""
     parts = (_compared, _cheaper, _chosen, _of_numbers, _others)
     asked = [entry for part in parts for seed in FULL_SEEDS for entry in part(World(seed))]
-    asked += [entry for seed in CHOSEN_SEEDS for entry in _weaker(World(seed))]
-    seeds = (*FRESH_SEEDS, *CHOSEN_SEEDS)
-    asked += [entry for seed in seeds for entry in _confirmed(World(seed))]
-    return asked + [_untrained(World(seed)) for seed in seeds]
+    return asked + [entry for seed in CHOSEN_SEEDS for entry in _weaker(World(seed))]
+
+
+def confirm() -> list[Entry]:
+    """What acts at a small cost on less able bases, on the seeds it was found on and on as many that were not."""
+    return [entry for seed in (*FRESH_SEEDS, *CHOSEN_SEEDS) for entry in _confirmed(World(seed))]
 
 
 def hypotheses() -> list[Entry]:
@@ -266,7 +268,7 @@ def _weaker(world: World) -> Iterator[Entry]:
 
 
 def _confirmed(world: World) -> Iterator[Entry]:
-    """What acts on such students, beside its controls, naive and with right answers only, where `_weaker` lacks it."""
+    """What acts on such students for 2 points or less, beside its controls, naive and with right answers only."""
     half, cost = _half(world), 0.02
     numbers = Numbers(_trained(half), half.holdout)
     there = Bundle(_trained(half), half.holdout, random=0)
@@ -283,17 +285,10 @@ def _confirmed(world: World) -> Iterator[Entry]:
         if entry.attack == "naive":
             filtered = _attacks(half, entry.defence, entry.student.traces[0], ATTACKS[:1])
             entries += [entry, *(filtered if entry.defence == CHOSEN else ())]
-    had = {(e.defence, e.attack, e.cost) for e in _weaker(world)} if world.seed in CHOSEN_SEEDS else set()
+    untrained = matched(half, "bundle", Numbers(half.proxy, half.holdout), GUARD, cost=cost)
+    entries.append(_naive(half, OF_NUMBERS_UNTRAINED, untrained, cost))
     for entry in entries:
-        if (entry.defence, entry.attack, entry.cost) not in had:
-            yield dataclasses.replace(entry, variant=_HALF)
-
-
-def _untrained(world: World) -> Entry:
-    """Of numbers, where nobody has trained the proxy on clean traces."""
-    half, cost = _half(world), 0.02
-    traces = matched(half, "bundle", Numbers(half.proxy, half.holdout), GUARD, cost=cost)
-    return dataclasses.replace(_naive(half, OF_NUMBERS_UNTRAINED, traces, cost), variant=_HALF)
+        yield dataclasses.replace(entry, variant=_HALF)
 
 
 def _half(world: World) -> World:
