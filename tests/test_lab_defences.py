@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, get_args
@@ -228,22 +228,26 @@ def test_a_jump_over_the_target_ends_too() -> None:
 
 @pytest.fixture
 def sampled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Setting, int]]:
-    """Stands in for sampling: accuracy falls with strength and temperature; of all 1000, it is `MORE` points off.
+    """Stands in for sampling: accuracy falls with strength and temperature; of all `ASKED`, it is `MORE` lower.
 
     Settings and numbers of problems that were asked for.
     """
     asked: list[tuple[Setting, int]] = []
 
-    def sample(llm: Any, setting: Setting, problems: Any) -> list[dict[str, Any]]:
-        n = len(problems)
-        asked.append((setting, n))
-        accuracy = FALLING["exponential"](setting.temperature + setting.strength) - (MORE if n == 1000 else 0)
-        return [{"right": i < round(n * accuracy), "finish_reason": "stop", "completion": ""} for i in range(n)]
+    def sample(llm: Any, setting: Setting, problems: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
+        assert list(problems) == list(range(seed, seed + len(problems))), "each problem has its own seed"
+        asked.append((setting, len(problems)))
+        accuracy = FALLING["exponential"](setting.temperature + setting.strength)
+        later = MORE * len(ASKED) / N_LATER
+        rights = {i: i * 0.618 % 1 < accuracy - (later if i >= traces._SEARCHED else 0) for i in problems}
+        return [{"prompt": i, "right": r, "finish_reason": "stop", "completion": ""} for i, r in rights.items()]
 
     monkeypatch.setattr(traces, "sample", sample)
     return asked
 
 
+ASKED: Any = range(1000)
+N_LATER = len(ASKED) - traces._SEARCHED  # that the search has not sampled
 MORE = 0.03
 SEARCHED: dict[str, Setting] = {
     "temperature": Setting("plain", temperature=0.5),
@@ -255,27 +259,54 @@ SEARCHED: dict[str, Setting] = {
 def test_traces_are_made_at_matched_accuracy(varied: str, sampled: list[tuple[Setting, int]]) -> None:
     """Temperature is what is searched for a plain teacher, strength for others; the rest of a setting stays.
 
-    What the search missed by, over all problems, is made good once: 3 points here, along a line in log(value).
+    What the search missed by, over all problems, is made good once: 3 points here, along a line in log(value). What the
+    search has sampled at the value that it found is not sampled again.
     """
     start = SEARCHED[varied]
-    problems: Any = [None] * 1000
-    setting, rows, tried = traces._matched(None, start, problems, 0.85)  # type: ignore[arg-type]
-    first, again = [made for made, n in sampled if n == 1000]
+    setting, rows, tried = traces._matched(None, start, ASKED, 0.85)  # type: ignore[arg-type]
+    (first, _), (again, _) = sampled[-2:]
     assert setting == again
     assert dataclasses.replace(setting, **{varied: getattr(start, varied)}) == start
     assert getattr(again, varied) < getattr(first, varied) in dict(tried)
-    assert (len(rows), traces.summary(rows)["accuracy"]) == (1000, pytest.approx(0.85, abs=0.01))
-    assert [n for _, n in sampled] == [*[traces._SEARCHED] * len(tried), 1000, 1000]
+    assert traces.summary(rows)["accuracy"] == pytest.approx(0.85, abs=0.01)
+    assert [row["prompt"] for row in rows] == list(ASKED)
+    assert [n for _, n in sampled] == [*[traces._SEARCHED] * len(tried), N_LATER, len(ASKED)]
 
 
 def test_a_correction_that_makes_it_worse_is_dropped(
     sampled: list[tuple[Setting, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(traces, "corrected", lambda value, search, off, largest: 2 * value)
-    setting, rows, _ = traces._matched(None, SEARCHED["strength"], [None] * 1000, 0.85)  # type: ignore[arg-type,list-item]
-    kept, worse = [made for made, n in sampled if n == 1000]
+    setting, rows, _ = traces._matched(None, SEARCHED["strength"], ASKED, 0.85)  # type: ignore[arg-type]
+    (kept, _), (worse, _) = sampled[-2:]
     assert setting == kept != worse
     assert traces.summary(rows)["accuracy"] == pytest.approx(0.85 - MORE, abs=0.01)
+    assert [row["prompt"] for row in rows] == list(ASKED)
+
+
+def test_a_correction_to_the_same_strength_is_not_sampled(
+    sampled: list[tuple[Setting, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(traces, "corrected", lambda value, search, off, largest: value)
+    _, rows, tried = traces._matched(None, SEARCHED["strength"], ASKED, 0.85)  # type: ignore[arg-type]
+    assert [n for _, n in sampled] == [*[traces._SEARCHED] * len(tried), N_LATER]
+    assert len(rows) == len(ASKED)
+
+
+def test_every_problem_has_a_seed_of_its_own() -> None:
+    """So that what a search has sampled and the rest of the problems are as if sampled at once."""
+    asked: list[Request] = []
+
+    class Recorder:
+        def set(self, setting: Setting) -> Sampling:
+            return Sampling()
+
+        def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+            asked.extend(requests)
+            return []
+
+    traces.sample(Recorder(), Setting(), PROBLEMS, 400)  # type: ignore[arg-type]
+    assert [(r.index, r.seed) for r in asked] == [(i, 400 + i) for i in range(len(PROBLEMS))]
 
 
 def test_a_correction_follows_the_line_of_what_was_tried_nearby() -> None:

@@ -23,8 +23,8 @@ _PLANS = {
 }
 _EPILOG = """examples:
   python -m examples.lab quick            one seed, the method among its controls
-  python -m examples.lab full --jobs 8    three seeds, more proxies, costs and attackers; whole traces
-  python -m examples.lab students         the same traces for other students, some of them less able
+  python -m examples.lab full --jobs 8    three seeds, more directions and proxies, and the attackers
+  python -m examples.lab students         lower costs, whole traces, and other students, some of them less able
   python -m examples.lab confirm          what acts for 2 points or less on these, on eight seeds
   python -m examples.lab report full      the report again, from the results stored
 

@@ -73,13 +73,13 @@ def quick() -> list[Entry]:
 
 
 def full() -> list[Entry]:
-    """Three seeds: more proxies, more costs, and the attackers."""
-    parts = (_compared, _attacked, _varied, _cheaper, _chosen)
+    """Three seeds at one cost: more directions and proxies, without the guard too, and the attackers."""
+    parts = (_compared, _attacked, _varied)
     return [entry for part in parts for seed in FULL_SEEDS for entry in part(World(seed))]
 
 
 def students() -> list[Entry]:
-    """Whom it protects against: the same traces for other bases, some of them less able."""
+    """Whom it protects against, and at what cost: lower ones, whole traces, and other bases, some of them less able."""
     parts = (_compared, _cheaper, _chosen, _of_numbers, _others)
     asked = [entry for part in parts for seed in FULL_SEEDS for entry in part(World(seed))]
     return asked + [entry for seed in CHOSEN_SEEDS for entry in _weaker(World(seed))]

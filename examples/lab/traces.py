@@ -120,24 +120,35 @@ def _matched(
             return dataclasses.replace(setting, temperature=value)
         return dataclasses.replace(setting, strength=value)
 
+    tried: dict[float, list[Row]] = {}
+
     def accuracy(value: float) -> float:
-        return float(summary(sample(llm, at(value), asked[:_SEARCHED]))["accuracy"])
+        tried[value] = sample(llm, at(value), asked[:_SEARCHED])
+        return float(summary(tried[value])["accuracy"])
+
+    def every(value: float) -> list[Row]:
+        first = tried.get(value, [])
+        return first + sample(llm, at(value), asked[len(first) :], len(first))
 
     start = setting.temperature if setting.kind == "plain" else setting.strength
     value, search = bisect(accuracy, target, start, LARGEST[setting.kind])
-    rows = sample(llm, at(value), asked)
+    rows = every(value)
     off = summary(rows)["accuracy"] - target
-    if abs(off) > _FAR and (again := corrected(value, search, off, LARGEST[setting.kind])) is not None:
-        other = sample(llm, at(again), asked)
+    again = corrected(value, search, off, LARGEST[setting.kind]) if abs(off) > _FAR else None
+    if again is not None and again != value:  # at the largest strength there is nowhere to go
+        other = every(again)
         if abs(summary(other)["accuracy"] - target) < abs(off):
             return at(again), other, search
     return at(value), rows, search
 
 
-def sample(llm: Defended, setting: Setting, asked: Sequence[task.Problem]) -> list[Row]:
-    """A row for each problem: prompt, completion, whether it is right, whether it ended."""
+def sample(llm: Defended, setting: Setting, asked: Sequence[task.Problem], seed: int = 0) -> list[Row]:
+    """A row for each problem: prompt, completion, whether it is right, whether it ended.
+
+    The first problem is sampled with `seed`, each other with the next one.
+    """
     sampling = llm.set(setting)
-    requests = [Request(i, [BOS, *encode(p.prompt)], N_PREDICT, seed=i) for i, p in enumerate(asked)]
+    requests = [Request(i, [BOS, *encode(p.prompt)], N_PREDICT, seed=seed + i) for i, p in enumerate(asked)]
     rows: list[Row] = [{}] * len(asked)
     for done in llm.generate(requests, sampling):
         problem, text = asked[done.index], llm.text(done.tokens)
