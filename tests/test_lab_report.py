@@ -329,6 +329,19 @@ def test_reports_on_what_there_is(defences: tuple[str, ...], source: Path, tmp_p
     assert all(f"| {name} |" in text for name in defences)
 
 
+def test_reports_on_a_plan_that_leaves_the_usual_setting_out(source: Path, tmp_path: Path) -> None:
+    """Its own setting is named and reported on as the usual one would be, another stays a variant."""
+    half = [{**r, "variant": "half"} for r in ROWS]
+    other = [row(name, 0.11, variant="other") for name in ("clean", "antidistillation, guarded")]
+    report.write(save(source, [*half, *other]), tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.startswith("# Laboratory, full, half\n")
+    usual = report.markdown(results.read(save(source, ROWS)), source.parent)
+    part = "## Defences, naive student\n"
+    assert text[text.index(part) :].partition("\n## ")[0] == usual[usual.index(part) :].partition("\n## ")[0]
+    assert "## Defences, naive student, other" in text
+
+
 def test_no_two_defences_look_alike() -> None:
     for looks in zip(*plots.LOOKS.values(), strict=True):
         assert len(set(looks)) == len(plots.LOOKS)

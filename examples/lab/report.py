@@ -46,7 +46,7 @@ def write(source: Path, out: Path) -> None:
     """
     _plot.require("the report")
     results = read(source)
-    usual = [r for r in results if not r.variant]
+    usual = _usual(results)
     out.mkdir(parents=True, exist_ok=True)
     plots.tradeoff(usual, out / "tradeoff.png")
     plots.defences(usual, out / "defences.png")
@@ -61,9 +61,10 @@ def write(source: Path, out: Path) -> None:
 
 def markdown(results: Sequence[Result], root: Path) -> str:
     """The whole text."""
-    usual = [r for r in results if not r.variant]
-    sections = [_setting(usual), _defences(usual), _decisive(usual), _seeds(usual), _choices(usual), _attackers(usual)]
-    for variant in dict.fromkeys(r.variant for r in results if r.variant):
+    usual = _usual(results)
+    parts = (_setting, _defences, _decisive, _seeds, claims.markdown, _choices, _attackers)
+    sections = [part(usual) for part in parts]
+    for variant in dict.fromkeys(r.variant for r in results if r.variant != usual[0].variant):
         own = [r for r in results if r.variant == variant]
         sections += [
             part(own, f", {variant}") for part in (_defences, _decisive, claims.markdown, _choices, _attackers)
@@ -78,6 +79,12 @@ def markdown(results: Sequence[Result], root: Path) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def _usual(results: Sequence[Result]) -> list[Result]:
+    """What is in the laboratory's usual setting; of a plan that has nothing there, in its first one."""
+    variants = {r.variant for r in results}
+    return [r for r in results if r.variant == ("" if "" in variants else results[0].variant)]
+
+
 def _setting(results: Sequence[Result]) -> str:
     seeds = sorted({r.seed for r in results})
     clean, base = (given(results, name) for name in ("clean", "base"))
@@ -88,7 +95,7 @@ def _setting(results: Sequence[Result]) -> str:
         else "One seed: intervals are 95% and cover the draw of the test problems, not that of models and data."
     )
     return (
-        f"# Laboratory, {results[0].scale}\n\n"
+        f"# Laboratory, {', '.join(filter(None, (results[0].scale, results[0].variant)))}\n\n"
         f"Seeds {', '.join(map(str, seeds))}; {results[0].teacher_n} traces a defence, "
         f"{len(results[0].right)} test problems. The teacher without protection is right in {percent(clean)}% of its "
         f"sampled traces, the student before fine-tuning in {percent(base)}% of the test problems. {covers}"
