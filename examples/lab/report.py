@@ -62,13 +62,11 @@ def write(source: Path, out: Path) -> None:
 def markdown(results: Sequence[Result], root: Path) -> str:
     """The whole text."""
     usual = _usual(results)
-    parts = (_setting, _defences, _decisive, _seeds, claims.markdown, _choices, _attackers)
-    sections = [part(usual) for part in parts]
+    parts = (_defences, _decisive, claims.markdown, _choices, _attackers)
+    sections = [_setting(usual), *(part(usual) for part in parts), _seeds(usual)]
     for variant in dict.fromkeys(r.variant for r in results if r.variant != usual[0].variant):
         own = [r for r in results if r.variant == variant]
-        sections += [
-            part(own, f", {variant}") for part in (_defences, _decisive, claims.markdown, _choices, _attackers)
-        ]
+        sections += [part(own, f", {variant}") for part in parts]
     sections += [
         learners.markdown(results),
         _best(usual),
