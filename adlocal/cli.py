@@ -133,6 +133,11 @@ def _add_traces(verbs: Any) -> None:
         metavar="N",
         help="sample N traces a prompt and keep the one with the highest dose; needs --bundle and --temp above 0",
     )
+    parser.add_argument(
+        "--consistent",
+        action="store_true",
+        help="with --best-of, choose only among traces whose final number is the most frequent: fewer wrong ones",
+    )
     parser.add_argument("-n", "--n-predict", type=count, default=512, metavar="N", help="most tokens of a trace")
     parser.add_argument("-np", "--parallel", type=count, default=4, metavar="N", help="sequences decoded together")
     parser.add_argument("--raw", action="store_true", help="send string prompts as they are, without the chat template")

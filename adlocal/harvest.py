@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ._gguf import GGUFHeader
 from .errors import AdlocalError, InputError, TraceError
 from .parallel import ParallelLlama, Request, Sampling
+from .prompts import final_answer
 from .resumable import OURS, Output
 from .rows import Row, check_messages, prompt_of, read_rows
 from .traces import TraceEncoder, sha256
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
         strength=args.strength,
         guard=args.guard,
         best_of=args.best_of,
+        answer=final_answer if args.consistent else None,
     )
     with closing(teacher):
         prompts = _encode(rows, teacher, args.raw)
@@ -146,6 +148,7 @@ def _made_by(args: argparse.Namespace, teacher: ParallelLlama) -> dict[str, Any]
     if teacher.pair is not None:
         settings |= {"bundle": teacher.pair.bundle.id, "strength": teacher.strength, "guard": teacher.guard}
         settings |= {"best_of": teacher.best_of} if teacher.best_of > 1 else {}
+        settings |= {"consistent": True} if args.consistent else {}
     return {"teacher": _identity(args.model), **settings}
 
 

@@ -10,7 +10,8 @@ import ctypes
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -106,6 +107,9 @@ class ParallelLlama:
         strength, guard: with a bundle, as in `AntidistillationLlama`.
         best_of: with a bundle, how many completions are sampled for each request. The one with the highest dose is
             kept: it teaches the proxy worst, to first order, and each of them is the teacher's own.
+        answer: with best_of, what a completion's text answers, or None for nothing. The one kept is among those with
+            the most frequent answer, as in self-consistency (arXiv 2203.11171), so that a dose does not choose wrong
+            ones. A completion that was cut answers nothing; where none answers, the dose alone decides.
 
     Attributes:
         pair: the bundle's proxies, or None.
@@ -113,7 +117,7 @@ class ParallelLlama:
 
     Raises:
         ModelError: llama.cpp refuses the file or the context; the message says why.
-        InputError: bundle, strength, guard or best_of cannot be used.
+        InputError: bundle, strength, guard, best_of or answer cannot be used.
     """
 
     def __init__(
@@ -129,10 +133,13 @@ class ParallelLlama:
         strength: float | str | None = None,
         guard: float | None = None,
         best_of: int = 1,
+        answer: Callable[[str], Hashable] | None = None,
     ) -> None:
         if best_of < 1 or (best_of > 1 and bundle is None):
             raise InputError(f"best_of={best_of}: give a whole number from 1 up, and a bundle to choose by")
-        self.best_of = best_of
+        if answer is not None and best_of < 3:
+            raise InputError(f"best_of={best_of}: no answer has a majority among so few; give 3 or more, 8 perhaps")
+        self.best_of, self._answer = best_of, answer
         self.strength, self.guard = 0.0, 0.0
         if bundle is not None:  # before any weights are read
             self.strength, self.guard = resolve(bundle, Bundle.open(bundle), path, strength, guard)
@@ -187,7 +194,16 @@ class ParallelLlama:
             found = candidates.setdefault(completion.index, [])
             found.append(completion)
             if len(found) == self.best_of:
-                yield max(candidates.pop(completion.index), key=lambda c: c.dose or 0.0)
+                yield max(self._consistent(candidates.pop(completion.index)), key=lambda c: c.dose or 0.0)
+
+    def _consistent(self, candidates: Sequence[Completion]) -> Sequence[Completion]:
+        """Those whose answer is the most frequent one, of several such all; all candidates where none answers."""
+        if self._answer is None:
+            return candidates
+        answers = [self._answer(self.text(c.tokens)) if c.finish_reason == "stop" else None for c in candidates]
+        counts = Counter(answer for answer in answers if answer is not None)
+        most = max(counts.values(), default=0)
+        return [c for c, answer in zip(candidates, answers, strict=True) if counts[answer] == most]
 
     def _sampled(
         self, requests: Iterable[Request], sampling: Sampling, on_tokens: Callable[[int], None]

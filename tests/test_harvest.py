@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import multimode
 from typing import Any, cast
 
 import llama_cpp
@@ -23,7 +24,7 @@ from adlocal_convert.options import Options
 from faults import Faults
 from llama_cpp._internals import LlamaSampler
 
-from adlocal import AdlocalError, AntidistillationLlama, Bundle, ProxyError, ProxyPair, parallel
+from adlocal import AdlocalError, AntidistillationLlama, Bundle, ProxyError, ProxyPair, harvest, parallel
 from adlocal.cli import main
 from adlocal.harvest import derive_seed
 from adlocal.pair import context_params
@@ -153,31 +154,42 @@ def test_protected_sequences_are_those_of_the_drop_in(
                 assert done == expected
 
 
-def test_the_best_of_several_is_the_one_with_the_highest_dose(
-    teacher: Path, tiny_bundle: Path, exact_kernels: dict[str, Any]
-) -> None:
-    """Candidates are what plain contexts sample with their seeds; doses are `ProxyPair.doses`, one text at a time.
+# Float32 throughout, so a dose is off by rounding over 2ε alone: 1e-3 of doses that differ by some 0.1.
+CHOOSING: dict[str, Any] = {"n_ctx": N_CTX_PROXY, "n_threads": 1}
+UNSURE = Sampling(1.5, top_k=50)
 
-    Float32 throughout, so a dose is off by rounding over 2ε alone: 1e-3 of doses that differ by some 0.1.
-    """
-    sampling, setting = Sampling(1.5, top_k=50), dict[str, Any](n_ctx=N_CTX_PROXY, n_threads=1)
+
+def candidates_of(teacher: Path, n: int) -> dict[int, list[Completion]]:
+    """What plain contexts sample for each request with the seeds of its candidates."""
     candidates: dict[int, list[Completion]] = {asked.index: [] for asked in SHORT}
-    with closing(ParallelLlama(teacher, **setting)) as llm:
-        for i in range(3):
+    with closing(ParallelLlama(teacher, **CHOOSING)) as llm:
+        for i in range(n):
             again = [replace(asked, seed=(asked.seed + i * 0x9E3779B1) % 0xFFFFFFFF) for asked in SHORT]
-            for each in llm.generate(again, sampling):
+            for each in llm.generate(again, UNSURE):
                 assert each.dose is None
                 candidates[each.index].append(each)
+    return candidates
+
+
+def doses_of(bundle: Path, candidates: dict[int, list[Completion]]) -> dict[int, list[float]]:
+    """The mean dose of each by `ProxyPair.doses`, one text at a time."""
     doses: dict[int, list[float]] = {}
-    with closing(ProxyPair.open(tiny_bundle, n_threads=1, type_k=0, type_v=0)) as pair:
+    with closing(ProxyPair.open(bundle, n_threads=1, type_k=0, type_v=0)) as pair:
         for asked in SHORT:
             ended = [[*c.tokens, *([tiny.EOS] if c.finish_reason == "stop" else [])] for c in candidates[asked.index]]
             found = [pair.doses([*asked.tokens, *tokens])[-len(tokens) :] for tokens in ended]
             doses[asked.index] = [sum(each) / len(each) for each in found]
+    return doses
+
+
+@pytest.mark.usefixtures("exact_kernels")
+def test_the_best_of_several_is_the_one_with_the_highest_dose(teacher: Path, tiny_bundle: Path) -> None:
+    candidates = candidates_of(teacher, 3)
+    doses = doses_of(tiny_bundle, candidates)
     protection: dict[str, Any] = {"bundle": tiny_bundle, "strength": 0.0, "best_of": 3}
     chosen = []
-    with closing(ParallelLlama(teacher, n_parallel=4, **setting, **protection)) as llm:
-        for each in llm.generate(SHORT, sampling):
+    with closing(ParallelLlama(teacher, n_parallel=4, **CHOOSING, **protection)) as llm:
+        for each in llm.generate(SHORT, UNSURE):
             own = doses[each.index]
             best = own.index(max(own))
             assert each.tokens == candidates[each.index][best].tokens
@@ -185,6 +197,31 @@ def test_the_best_of_several_is_the_one_with_the_highest_dose(
             chosen.append(best)
     assert len(chosen) == len(SHORT)
     assert set(chosen) == {0, 1, 2}, "choices have to differ"
+
+
+@pytest.mark.usefixtures("exact_kernels")
+def test_the_best_of_those_that_agree(teacher: Path, tiny_bundle: Path) -> None:
+    """`statistics.multimode` says which answers are the most frequent. What was cut has none, an empty text neither."""
+
+    def answer(text: str) -> int | None:
+        return len(text) % 3 if text else None
+
+    candidates = candidates_of(teacher, 16)
+    doses = doses_of(tiny_bundle, candidates)
+    protection: dict[str, Any] = {"bundle": tiny_bundle, "strength": 0.0, "best_of": 16, "answer": answer}
+    best_of_all, answered = 0, 0
+    with closing(ParallelLlama(teacher, n_parallel=4, **CHOOSING, **protection)) as llm:
+        for each in llm.generate(SHORT, UNSURE):
+            own = candidates[each.index]
+            answers = [answer(llm.text(c.tokens)) if c.finish_reason == "stop" else None for c in own]
+            most = multimode(a for a in answers if a is not None)
+            agreeing = [i for i, a in enumerate(answers) if a in most] or list(range(len(own)))
+            best = max(agreeing, key=lambda i: doses[each.index][i])
+            assert each.tokens == own[best].tokens
+            best_of_all += doses[each.index][best] == max(doses[each.index])
+            answered += bool(most)
+    assert best_of_all < len(SHORT), "agreement has to decide somewhere"
+    assert 0 < answered < len(SHORT), "there have to be requests with an answer and without"
 
 
 def test_strength_0_is_the_plain_teacher(teacher: Path, plain: Any, tiny_bundle: Path) -> None:
@@ -573,6 +610,21 @@ def test_protected_traces_are_resumed(
     assert "best_of" in told, "another number of candidates makes other traces"
 
 
+def test_consistent_traces_are_chosen_by_their_final_number(
+    traces: Traces, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(harvest, "final_answer", asked.append)
+    sampling = ["--temp", 1.0, "--bundle", tiny_bundle, "--strength", 0, "--best-of", 3]
+    assert traces(ROWS, *sampling)[0] == 0
+    assert not asked
+    assert all("consistent" not in row["generated_by"] for row in rows_of(tmp_path / "traces.jsonl"))
+    assert traces(ROWS, *sampling, "--consistent", "--overwrite")[0] == 0
+    assert asked
+    assert all(row["generated_by"]["consistent"] for row in rows_of(tmp_path / "traces.jsonl"))
+    assert traces(ROWS, *sampling)[0] == 2, "neither goes on with the other"
+
+
 OTHER_PROTECTION: dict[str, tuple[list[object], str]] = {
     "strength": (["--strength", 5], "was made with strength 6.0, this run has 5.0"),
     "guard": (["--guard", 0.1], "was made with guard 0.05, this run has 0.1"),
@@ -619,6 +671,10 @@ PROTECTION_REFUSED: dict[str, tuple[list[object], str]] = {
     "greedy best of": (
         ["--bundle", "tiny_bundle", "--best-of", 2],
         "--best-of 2: greedy traces of a prompt are all al",
+    ),
+    "consistent alone": (
+        ["--bundle", "tiny_bundle", "--consistent"],
+        "best_of=1: no answer has a majority among so few",
     ),
     "context": (["--bundle", "tiny_bundle", "-c", 1024], "exceeds the 256 tokens that the proxy was trained for"),
 }

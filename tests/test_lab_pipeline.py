@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 from adlocal.errors import InputError
 from examples.lab import __main__ as lab
 from examples.lab import collected, models, plan, report, results, stages, students, traces
+from examples.lab.entries import GUARD
 from examples.lab.world import World
 
 WANTED = {"clean", "guard alone", "temperature", "permuted, guarded", "random 1, guarded", "antidistillation, guarded"}
 CHOICES = {"best of 8", "best of 8, random 1"}
+CONSISTENT = {"best of 8, consistent", "best of 8, consistent, random 1"}
 
 
 @pytest.fixture
@@ -34,15 +37,16 @@ def test_from_nothing_to_the_report(small: World, tmp_path: Path) -> None:
     root = tmp_path / "stages"
     entries = [entry for entry in plan._compared(small) if entry.defence in WANTED]
     entries += [entry for entry in plan._chosen(small) if entry.attack == "naive"]
+    entries += [replace(entry, variant="") for entry in plan._agreed(small) if entry.defence in CONSISTENT]
     for stage in stages.ordered(stage for entry in entries for stage in entry.stages):
         assert not stage.is_done(root)
         stages.run(stage, root)
     torch.set_num_threads(before)
     rows = [{"scale": "quick", **row} for row in collected.results(entries, root)]
-    assert {row["defence"] for row in rows} == WANTED | CHOICES
+    assert {row["defence"] for row in rows} == WANTED | CHOICES | CONSISTENT
     assert all(row["n_examples"] == 40 and row["n_test"] == 12 for row in rows)
     (method,) = [row for row in rows if row["defence"] == "antidistillation, guarded"]
-    assert method["guard"] == plan.GUARD
+    assert method["guard"] == GUARD
     assert 0.5 < method["fidelity"] <= 1, "a model that has learned nothing has a gradient of little but rounding"
     assert method["cosine"]["n"] > 0
     assert len(method["search"]) == 2
@@ -60,7 +64,7 @@ def test_results_are_of_what_is_done(small: World, tmp_path: Path) -> None:
 
 
 def test_a_plan_names_each_student_once() -> None:
-    for make in (plan.quick, plan.full, plan.students, plan.confirm, plan.hypotheses):
+    for make in (plan.quick, plan.full, plan.students, plan.confirm, plan.consistent, plan.hypotheses):
         entries = make()
         names = [(e.world.seed, e.variant, e.defence, e.attack, e.cost) for e in entries]
         assert len(set(names)) == len(names)

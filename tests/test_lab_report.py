@@ -158,7 +158,7 @@ def test_bases_are_told_apart_by_what_they_can_do(source: Path) -> None:
     assert (source.parent / "full" / "learners.png").stat().st_size > 10_000
     text = (source.parent / "full" / "report.md").read_text()
     of_bases = text[text.index("## Whom it protects against") :].partition("\n## ")[0]
-    assert "| 20.0 | – | 10.0 | – | 40.0 | – |" in table_row(of_bases, "seed 0", "70.0")
+    assert "| 20.0 | 10.0 | 40.0 |" in table_row(of_bases, "seed 0", "70.0"), "what nobody was taught has no column"
     assert of_bases.index("| seed 0 |") < of_bases.index("| seed 2 |") < of_bases.index("| seed 1 |"), (
         "the least able first"
     )
@@ -233,6 +233,8 @@ def test_a_claim_stands_on_fresh_seeds_too(source: Path) -> None:
             ("antidistillation of numbers, guarded", 0.46, 0.02, {"attack": "right answers"}),
             ("numbers permuted, guarded", 0.40, 0.02, {}),
             ("best of 8", 0.30, None, {}),
+            ("best of 8, consistent", 0.32, None, {}),
+            ("best of 8, consistent, random 1", 0.48, None, {}),
         )
     ]
     text = report.markdown(results.read(save(source, [*ROWS, *half])), source.parent)
@@ -247,6 +249,9 @@ def test_a_claim_stands_on_fresh_seeds_too(source: Path) -> None:
     assert table_row(claims, ours, "right answers", "clean", "worse")
     assert table_row(claims, ours, "naive", "numbers permuted, guarded", "-15.0, -5.0, -7.0")
     assert table_row(claims, "best of 8", "naive", "temperature", "worse", "-15.0, -15.0, -15.0")
+    assert table_row(claims, "best of 8, consistent", "naive", "best of 8", "+2.0, +2.0, +2.0")
+    by_random = table_row(claims, "best of 8, consistent", "naive", "best of 8, consistent, random 1")
+    assert "-16.0, -16.0, -16.0" in by_random
     old = [{**r, "seed": r["seed"] - 3} for r in half]
     assert "What acts" not in report.markdown(results.read(save(source, [*ROWS, *old])), source.parent)
 

@@ -19,6 +19,7 @@ _PLANS = {
     "full": plan.full,
     "students": plan.students,
     "confirm": plan.confirm,
+    "consistent": plan.consistent,
     "hypotheses": plan.hypotheses,
 }
 _EPILOG = """examples:
@@ -26,6 +27,7 @@ _EPILOG = """examples:
   python -m examples.lab full --jobs 8    three seeds, more directions and proxies, and the attackers
   python -m examples.lab students         lower costs, whole traces, and other students, some of them less able
   python -m examples.lab confirm          what acts for 2 points or less on these, on eight seeds
+  python -m examples.lab consistent       whole traces that agree on the answer, on eight seeds
   python -m examples.lab report full      the report again, from the results stored
 
 A run that is stopped goes on where it was. All share what they have in common."""

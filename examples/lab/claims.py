@@ -8,6 +8,8 @@ from .results import (
     AT_RANDOM_THERE,
     CHOSEN,
     CHOSEN_AT_RANDOM,
+    CONSISTENT,
+    CONSISTENT_AT_RANDOM,
     FRESH_SEEDS,
     OF_NUMBERS,
     OF_NUMBERS_PERMUTED,
@@ -20,12 +22,14 @@ from .tables import by_seed, interval, table, verdict
 
 _COST = 0.02
 _ATTACKS = ("naive", "right answers")
-_OURS = ((OF_NUMBERS, _COST), (CHOSEN, None))
+_OURS = ((OF_NUMBERS, _COST), (CHOSEN, None), (CONSISTENT, None))
 _CONTROLS = (
-    ("temperature", _COST, (OF_NUMBERS, CHOSEN)),
+    ("temperature", _COST, (OF_NUMBERS, CHOSEN, CONSISTENT)),
     (OF_NUMBERS_PERMUTED, _COST, (OF_NUMBERS,)),
     (AT_RANDOM_THERE, _COST, (OF_NUMBERS,)),
     (CHOSEN_AT_RANDOM, None, (CHOSEN,)),
+    (CHOSEN, None, (CONSISTENT,)),
+    (CONSISTENT_AT_RANDOM, None, (CONSISTENT,)),
 )
 
 

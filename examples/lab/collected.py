@@ -9,7 +9,7 @@ from typing import Any
 from adlocal import Bundle as Metadata
 
 from . import task
-from .plan import Entry
+from .entries import Entry
 from .traces import Traces, read
 
 

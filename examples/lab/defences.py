@@ -6,7 +6,7 @@ core adjusts the logits; baselines that are no product change them at the same p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -66,11 +66,19 @@ class Defended(ParallelLlama):
         bundle: the bundle that the defence follows, or None.
         others: more of them, for the kind "mixed".
         best_of: completions of a problem to choose among by their dose.
+        answer: by what those have to agree, or None; see `ParallelLlama`.
     """
 
-    def __init__(self, teacher: Path, bundle: Path | None, others: Sequence[Path] = (), best_of: int = 1) -> None:
-        how = {"n_ctx": N_CTX, "n_parallel": PARALLEL, "n_threads": 1}
-        super().__init__(teacher, **how, flash_attn=True, bundle=bundle, best_of=best_of)
+    def __init__(
+        self,
+        teacher: Path,
+        bundle: Path | None,
+        others: Sequence[Path] = (),
+        best_of: int = 1,
+        answer: Callable[[str], Hashable] | None = None,
+    ) -> None:
+        how: dict[str, Any] = {"n_ctx": N_CTX, "n_parallel": PARALLEL, "n_threads": 1, "flash_attn": True}
+        super().__init__(teacher, **how, bundle=bundle, best_of=best_of, answer=answer)
         self._others = [self._open_pair(other, self._params, 0) for other in others]
         self.set(Setting())
 

@@ -10,7 +10,7 @@ from adlocal import _plot
 
 from .intervals import Interval, over_seeds
 from .plots import LOOKS
-from .results import CHOSEN, CHOSEN_AT_RANDOM, METHOD, OF_NUMBERS, Result
+from .results import CHOSEN, CHOSEN_AT_RANDOM, CONSISTENT, CONSISTENT_AT_RANDOM, METHOD, OF_NUMBERS, Result
 from .tables import interval, percent, table
 
 ABLE = 2 / 3  # of unsaid steps right; set before any but the usual students were seen
@@ -22,6 +22,8 @@ _LOOKS = {
     f"{OF_NUMBERS}, −2": ("#cc79a7", "P"),
     CHOSEN: LOOKS[CHOSEN],
     CHOSEN_AT_RANDOM: (_plot.GREY, "x"),
+    CONSISTENT: ("#882255", "^"),
+    CONSISTENT_AT_RANDOM: (_plot.GREY, "+"),
 }
 _FEWEST = 4
 
@@ -72,14 +74,15 @@ def markdown(results: Sequence[Result]) -> str:
         "How often a base gets a step's result right where the operands are not said (steps of + and −, which it "
         "knows), and the points of accuracy that a defence takes from its student, against one of clean traces."
     )
-    head = ["base", "unsaid steps right", "clean", *_LOOKS]
-    rows = [[b.name, percent(b.unsaid), percent(b.clean), *(_lost(b, name) for name in _LOOKS)] for b in found]
+    defences = [name for name in _LOOKS if any(name in b.lost for b in found)]
+    head = ["base", "unsaid steps right", "clean", *defences]
+    rows = [[b.name, percent(b.unsaid), percent(b.clean), *(_lost(b, name) for name in defences)] for b in found]
     kinds = {"under": [b for b in found if not b.is_able], "at least": [b for b in found if b.is_able]}
     summary = [
-        [f"{kind} two thirds", str(len(own)), *(interval(_mean(own, name)) for name in _LOOKS)]
+        [f"{kind} two thirds", str(len(own)), *(interval(_mean(own, name)) for name in defences)]
         for kind, own in kinds.items()
     ]
-    means = table(["unsaid steps right", "bases", *_LOOKS], summary)
+    means = table(["unsaid steps right", "bases", *defences], summary)
     return f"## Whom it protects against\n\n{text}\n\n{table(head, rows)}\n\n{means}\n\n![by base](learners.png)"
 
 

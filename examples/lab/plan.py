@@ -4,67 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from .bundles import Bundle, Numbers
 from .defences import Kind
+from .entries import ATTACKS, COST, GUARD, Entry, attacked, best_of, clean, matched, naive, own_traces, trained
 from .exact import Exact
 from .models import LARGE_STUDENT
-from .probe import Probe
 from .results import (
     AT_RANDOM_THERE,
     CHOSEN,
     CHOSEN_AT_RANDOM,
+    CONSISTENT,
+    CONSISTENT_AT_RANDOM,
     FRESH_SEEDS,
     METHOD,
-    N_BEST,
     OF_NUMBERS,
     OF_NUMBERS_PERMUTED,
     OF_NUMBERS_UNTRAINED,
 )
-from .stages import Stage
-from .students import Attack, Student
-from .traces import Chosen, Traces
+from .students import Student
+from .traces import Traces
 from .world import World
 
-GUARD = 0.05
-COST = 0.10
 N_RANDOM = 5
 QUICK_SEEDS, HYPOTHESES_SEEDS, FULL_SEEDS, CHOSEN_SEEDS = (0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One student, and what it is called in the report.
-
-    Attributes:
-        world: whose models and data it is of.
-        defence: what the traces were made with.
-        attack: what the attacker did with them.
-        student: the stage.
-        cost: teacher accuracy that the defence was to give up, or None.
-        exact: where Δ of the proxies is compared with float64, or None.
-        variant: what is otherwise than in the laboratory's usual setting; the report has a table for each.
-    """
-
-    world: World
-    defence: str
-    attack: str
-    student: Student
-    cost: float | None = None
-    exact: Exact | None = None
-    variant: str = ""
-
-    @property
-    def stages(self) -> list[Stage]:
-        """What has to be done for it."""
-        return [self.student, self.probe, *([self.exact] if self.exact else [])]
-
-    @property
-    def probe(self) -> Probe:
-        """What its base can do before it sees a trace."""
-        return Probe(self.world.base)
 
 
 def quick() -> list[Entry]:
@@ -90,12 +54,18 @@ def confirm() -> list[Entry]:
     return [entry for seed in (*FRESH_SEEDS, *CHOSEN_SEEDS) for entry in _confirmed(World(seed))]
 
 
+def consistent() -> list[Entry]:
+    """Whole traces, chosen among those that agree on the answer: eight seeds of bases trained half as long."""
+    worlds = [_half(World(seed)) for seed in (*CHOSEN_SEEDS, *FRESH_SEEDS)]
+    return [entry for part in (_agreed, _agreed_beside) for world in worlds for entry in part(world)]
+
+
 def hypotheses() -> list[Entry]:
     """What NOTES.md asks, beside what it is compared with: two seeds, and more where it looks like a difference."""
     asked = [entry for seed in HYPOTHESES_SEEDS for part in (_compared, _asked) for entry in part(World(seed))]
     for seed in CHOSEN_SEEDS:
         world = World(seed)
-        asked += [_clean(world)] if seed not in HYPOTHESES_SEEDS else []
+        asked += [clean(world)] if seed not in HYPOTHESES_SEEDS else []
         asked += [*_chosen(world)]
     return asked
 
@@ -103,25 +73,25 @@ def hypotheses() -> list[Entry]:
 def _compared(world: World) -> Iterator[Entry]:
     """The method among its controls, in the same guard."""
     gradient = Bundle(world.proxy, world.holdout)
-    yield _clean(world)
+    yield clean(world)
     alone = Traces(world.teacher, world.clean.prompts, "guarded", guard=GUARD, n=world.n_traces)
     yield Entry(world, "guard alone", "naive", Student(world.base, (alone,)))
-    yield _naive(world, "temperature", matched(world, "plain"))
-    guarded = _naive(world, "antidistillation, guarded", matched(world, "bundle", gradient, GUARD))
+    yield naive(world, "temperature", matched(world, "plain"))
+    guarded = naive(world, "antidistillation, guarded", matched(world, "bundle", gradient, GUARD))
     yield dataclasses.replace(guarded, exact=Exact(gradient, world.proxy, world.clean))
-    yield _naive(world, "permuted, guarded", matched(world, "permuted", gradient, GUARD))
+    yield naive(world, "permuted, guarded", matched(world, "permuted", gradient, GUARD))
     for i in range(N_RANDOM):
         direction = Bundle(world.proxy, world.holdout, random=i)
-        yield _naive(world, f"random {i + 1}, guarded", matched(world, "bundle", direction, GUARD))
+        yield naive(world, f"random {i + 1}, guarded", matched(world, "bundle", direction, GUARD))
 
 
 def _varied(world: World) -> Iterator[Entry]:
     """The same without guard, and other directions and proxies."""
     gradient = Bundle(world.proxy, world.holdout)
     random = Bundle(world.proxy, world.holdout, random=0)
-    yield _naive(world, "antidistillation", matched(world, "bundle", gradient))
-    yield _naive(world, "random 1", matched(world, "bundle", random))
-    yield _naive(world, "permuted", matched(world, "permuted", gradient))
+    yield naive(world, "antidistillation", matched(world, "bundle", gradient))
+    yield naive(world, "random 1", matched(world, "bundle", random))
+    yield naive(world, "permuted", matched(world, "permuted", gradient))
     others = {
         "linear, guarded": Bundle(world.proxy, world.holdout, params="linear"),
         "own proxy, guarded": Bundle(world.base, world.holdout),
@@ -132,8 +102,8 @@ def _varied(world: World) -> Iterator[Entry]:
     }
     for name, bundle in others.items():
         exact = Exact(bundle, world.proxy, world.clean) if bundle.quant else None
-        yield dataclasses.replace(_naive(world, name, matched(world, "bundle", bundle, GUARD)), exact=exact)
-    yield _naive(world, "experts", matched(world, "experts", gradient, strength=0.5))
+        yield dataclasses.replace(naive(world, name, matched(world, "bundle", bundle, GUARD)), exact=exact)
+    yield naive(world, "experts", matched(world, "experts", gradient, strength=0.5))
 
 
 def _cheaper(world: World) -> Iterator[Entry]:
@@ -141,10 +111,10 @@ def _cheaper(world: World) -> Iterator[Entry]:
     gradient = Bundle(world.proxy, world.holdout)
     random = Bundle(world.proxy, world.holdout, random=0)
     for cost in (0.05, 0.02):
-        yield _naive(world, "temperature", matched(world, "plain", cost=cost), cost)
-        yield _naive(world, METHOD, matched(world, "bundle", gradient, GUARD, cost=cost), cost)
-        yield _naive(world, "random 1, guarded", matched(world, "bundle", random, GUARD, cost=cost), cost)
-        yield _naive(world, "permuted, guarded", matched(world, "permuted", gradient, GUARD, cost=cost), cost)
+        yield naive(world, "temperature", matched(world, "plain", cost=cost), cost)
+        yield naive(world, METHOD, matched(world, "bundle", gradient, GUARD, cost=cost), cost)
+        yield naive(world, "random 1, guarded", matched(world, "bundle", random, GUARD, cost=cost), cost)
+        yield naive(world, "permuted, guarded", matched(world, "permuted", gradient, GUARD, cost=cost), cost)
 
 
 def _attacked(world: World) -> Iterator[Entry]:
@@ -157,7 +127,7 @@ def _attacked(world: World) -> Iterator[Entry]:
         "random 1, guarded": matched(world, "bundle", Bundle(world.proxy, world.holdout, random=0), GUARD),
     }
     for name, traces in defended.items():
-        yield from _attacks(world, name, traces, ATTACKS if name == "antidistillation, guarded" else ATTACKS[:1])
+        yield from attacked(world, name, traces, ATTACKS if name == "antidistillation, guarded" else ATTACKS[:1])
     for share in (0.10, 0.25, 0.50):
         student = Student(world.base, (), clean=world.clean, share=share)
         yield Entry(world, "no protected traces", f"{share:.0%} clean alone", student)
@@ -169,39 +139,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a larger student": {"student": LARGE_STUDENT},
     "freer wording": {"freely": True},
 }
-ATTACKS: tuple[tuple[str, Attack, float], ...] = (
-    ("right answers", "right answers", 0.0),
-    ("perplexity", "perplexity", 0.0),
-    ("answer only", "answer only", 0.0),
-    ("10% clean", "naive", 0.10),
-    ("25% clean", "naive", 0.25),
-    ("50% clean", "naive", 0.50),
-    ("reweighted, 10% clean", "reweighted", 0.10),
-    ("majority of 3", "majority", 0.0),
-)
-
-
-def _attacks(
-    world: World, defence: str, traces: Traces, attacks: Sequence[tuple[str, Attack, float]]
-) -> Iterator[Entry]:
-    for name, attack, share in attacks:
-        clean = world.clean if share else None
-        again = dataclasses.replace(traces, cost=None, clean=None, like=traces, k=3)
-        student = Student(world.base, (again if attack == "majority" else traces,), attack, clean, share)
-        yield Entry(world, defence, name, student, traces.cost)
-
-
-def _clean(world: World) -> Entry:
-    return Entry(world, "clean", "naive", Student(world.base, (world.clean,)))
 
 
 def _chosen(world: World) -> Iterator[Entry]:
     """Of several of the teacher's own traces the one that teaches worst: a defence that has no strength to match."""
-    trained = _trained(world)
-    directions = {CHOSEN: Numbers(trained, world.holdout), CHOSEN_AT_RANDOM: Bundle(trained, world.holdout, random=0)}
-    for name, bundle in directions.items():
-        traces = Chosen(world.teacher, world.clean.prompts, "bundle", bundle=bundle, n=world.n_traces, best_of=N_BEST)
-        yield Entry(world, name, "naive", Student(world.base, (traces,)))
+    for name, traces in best_of(world, CHOSEN, CHOSEN_AT_RANDOM).items():
+        yield naive(world, name, traces, cost=None)
         if name == CHOSEN and world.seed in FULL_SEEDS:
             yield Entry(world, name, "right answers", Student(world.base, (traces,), "right answers"))
             yield Entry(world, name, "perplexity", Student(world.base, (traces,), "perplexity"))
@@ -210,29 +153,19 @@ def _chosen(world: World) -> Iterator[Entry]:
 
 def _of_numbers(world: World) -> Iterator[Entry]:
     """Token by token along the direction that `_chosen` chooses by, at several costs."""
-    bundle = Numbers(_trained(world), world.holdout)
+    bundle = Numbers(trained(world), world.holdout)
     for cost in (COST, 0.05, 0.02):
         traces = matched(world, "bundle", bundle, GUARD, cost=cost)
-        yield _naive(world, OF_NUMBERS, traces, cost)
-        yield from _attacks(world, OF_NUMBERS, traces, ATTACKS[:1] if cost < COST else ())
-
-
-def _trained(world: World) -> Student:
-    """The proxy, trained on clean traces as a student would be."""
-    return Student(world.proxy, (_own(world),), n_epochs=4)
-
-
-def _own(world: World) -> Traces:
-    """Clean traces of whoever prepares a bundle."""
-    return Traces(world.teacher, f"{world.seed} own", n=world.n_traces)
+        yield naive(world, OF_NUMBERS, traces, cost)
+        yield from attacked(world, OF_NUMBERS, traces, ATTACKS[:1] if cost < COST else ())
 
 
 def _asked(world: World) -> Iterator[Entry]:
     """Beyond the paper, one run a seed."""
     gradient = Bundle(world.proxy, world.holdout)
     for guard, start in ((0.2, None), (0.5, 8.0), (0.01, None)):
-        yield _naive(world, f"guard {guard}", matched(world, "bundle", gradient, guard, strength=start))
-    short, whole = (Student(world.proxy, (_own(world),), n_epochs=n) for n in (1, 4))
+        yield naive(world, f"guard {guard}", matched(world, "bundle", gradient, guard, strength=start))
+    short, whole = (Student(world.proxy, (own_traces(world),), n_epochs=n) for n in (1, 4))
     aimed = {
         "gradient along a path": Bundle(world.proxy, world.holdout, along=(short, whole)),
         "gradient at the end": Bundle(whole, world.holdout),
@@ -243,10 +176,10 @@ def _asked(world: World) -> Iterator[Entry]:
         yield Entry(world, f"{name}, guard 0.2", "naive", Student(world.base, (traces,)))
     other = Bundle(world.larger, world.holdout)
     several = dataclasses.replace(matched(world, "mixed", gradient, GUARD), others=(other,))
-    yield _naive(world, "two proxies, guarded", several)
+    yield naive(world, "two proxies, guarded", several)
     kinds: tuple[tuple[Kind, float], ...] = (("entropy", 2.0), ("sparse", 4.0), ("capped", 0.2))
     for kind, strength in kinds:
-        yield _naive(world, f"{kind}, guarded", matched(world, kind, gradient, GUARD, strength=strength))
+        yield naive(world, f"{kind}, guarded", matched(world, kind, gradient, GUARD, strength=strength))
     yield Entry(world, "re-aimed, guarded", "naive", _re_aimed(world, gradient), COST)
     for variant, changes in VARIANTS.items():
         yield from _variant(dataclasses.replace(world, **changes), variant, ("clean", "temperature", METHOD))
@@ -262,7 +195,7 @@ def _variant(world: World, name: str, defences: Sequence[str]) -> Iterator[Entry
 def _weaker(world: World) -> Iterator[Entry]:
     """The same traces, for students whose bases were trained half as long."""
     half = _half(world)
-    filtered = _attacks(half, METHOD, matched(half, "bundle", Bundle(half.proxy, half.holdout), GUARD), ATTACKS[:1])
+    filtered = attacked(half, METHOD, matched(half, "bundle", Bundle(half.proxy, half.holdout), GUARD), ATTACKS[:1])
     for entry in (*_compared(half), *filtered, *_cheaper(half), *_chosen(half), *_of_numbers(half)):
         yield dataclasses.replace(entry, variant=_HALF, exact=None)
 
@@ -270,24 +203,41 @@ def _weaker(world: World) -> Iterator[Entry]:
 def _confirmed(world: World) -> Iterator[Entry]:
     """What acts on such students for 2 points or less, beside its controls, naive and with right answers only."""
     half, cost = _half(world), 0.02
-    numbers = Numbers(_trained(half), half.holdout)
-    there = Bundle(_trained(half), half.holdout, random=0)
+    numbers = Numbers(trained(half), half.holdout)
+    there = Bundle(trained(half), half.holdout, random=0)
     defended = {
         "temperature": matched(half, "plain", cost=cost),
         OF_NUMBERS: matched(half, "bundle", numbers, GUARD, cost=cost),
         OF_NUMBERS_PERMUTED: matched(half, "permuted", numbers, GUARD, cost=cost),
         AT_RANDOM_THERE: matched(half, "bundle", there, GUARD, cost=cost),
     }
-    entries = [_clean(half)]
+    entries = [clean(half)]
     for name, traces in defended.items():
-        entries += [_naive(half, name, traces, cost), *_attacks(half, name, traces, ATTACKS[:1])]
+        entries += [naive(half, name, traces, cost), *attacked(half, name, traces, ATTACKS[:1])]
     for entry in _chosen(half):
         if entry.attack == "naive":
-            filtered = _attacks(half, entry.defence, entry.student.traces[0], ATTACKS[:1])
+            filtered = attacked(half, entry.defence, entry.student.traces[0], ATTACKS[:1])
             entries += [entry, *(filtered if entry.defence == CHOSEN else ())]
     untrained = matched(half, "bundle", Numbers(half.proxy, half.holdout), GUARD, cost=cost)
-    entries.append(_naive(half, OF_NUMBERS_UNTRAINED, untrained, cost))
+    entries.append(naive(half, OF_NUMBERS_UNTRAINED, untrained, cost))
     for entry in entries:
+        yield dataclasses.replace(entry, variant=_HALF)
+
+
+def _agreed(world: World) -> Iterator[Entry]:
+    """The choice among those that agree, beside what it has to beat."""
+    entries = [clean(world), naive(world, "temperature", matched(world, "plain", cost=0.02), 0.02)]
+    chosen = best_of(world, CONSISTENT, CONSISTENT_AT_RANDOM, consistent=True)
+    entries += [naive(world, name, traces, cost=None) for name, traces in chosen.items()]
+    for entry in entries:
+        yield dataclasses.replace(entry, variant=_HALF)
+
+
+def _agreed_beside(world: World) -> Iterator[Entry]:
+    """The choice among all, and an attacker who keeps right answers."""
+    among_all = best_of(world, CHOSEN, CHOSEN_AT_RANDOM)[CHOSEN]
+    consistent = best_of(world, CONSISTENT, CONSISTENT_AT_RANDOM, consistent=True)[CONSISTENT]
+    for entry in (naive(world, CHOSEN, among_all, cost=None), *attacked(world, CONSISTENT, consistent, ATTACKS[:1])):
         yield dataclasses.replace(entry, variant=_HALF)
 
 
@@ -309,22 +259,3 @@ def _re_aimed(world: World, gradient: Bundle) -> Student:
         matched(world, "bundle", aimed, GUARD), n=world.n_traces // 2, prompts=f"{world.seed} second half"
     )
     return Student(world.base, (first, second))
-
-
-def matched(
-    world: World,
-    kind: Kind,
-    bundle: Bundle | None = None,
-    guard: float = 0.0,
-    cost: float = COST,
-    strength: float | None = None,
-) -> Traces:
-    """Traces of a defence at the strength, or temperature, that costs the teacher `cost` of its accuracy."""
-    start = strength or (2.0 if guard else 0.5)
-    prompts, clean = world.clean.prompts, world.clean
-    temperature = 0.8 if kind == "plain" else 0.5
-    return Traces(world.teacher, prompts, kind, start, guard, temperature, bundle, cost, clean, n=world.n_traces)
-
-
-def _naive(world: World, defence: str, traces: Traces, cost: float = COST) -> Entry:
-    return Entry(world, defence, "naive", Student(world.base, (traces,)), cost)

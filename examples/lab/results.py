@@ -17,6 +17,7 @@ METHOD = "antidistillation, guarded"
 FRESH_SEEDS = (4, 5, 6, 7)  # that no choice was made on
 N_BEST = 8  # traces to choose among
 CHOSEN, CHOSEN_AT_RANDOM = f"best of {N_BEST}", f"best of {N_BEST}, random 1"
+CONSISTENT, CONSISTENT_AT_RANDOM = f"{CHOSEN}, consistent", f"{CHOSEN}, consistent, random 1"
 OF_NUMBERS = "antidistillation of numbers, guarded"
 OF_NUMBERS_UNTRAINED = "antidistillation of numbers, untrained proxy, guarded"
 OF_NUMBERS_PERMUTED, AT_RANDOM_THERE = "numbers permuted, guarded", "a random direction there, guarded"  # same proxy

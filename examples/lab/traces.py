@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, get_args
 import numpy as np
 
 from adlocal.parallel import Request
+from adlocal.prompts import final_answer
 
 from . import task
 from .bundles import Bundle
@@ -74,6 +75,11 @@ class Traces(Stage):
         """Completions that each trace is chosen among."""
         return 1
 
+    @property
+    def answer(self) -> Callable[[str], Hashable] | None:
+        """By what these have to agree, if they have to."""
+        return None
+
     def _setting(self, root: Path) -> Setting:
         found = self.like.read(root, "summary.json") if self.like else dataclasses.asdict(self)
         return Setting(**{field.name: found[field.name] for field in dataclasses.fields(Setting)})
@@ -82,7 +88,8 @@ class Traces(Stage):
         bundle = self.bundle.path(root) / "bundle" if self.bundle else None
         others = [other.path(root) / "bundle" for other in self.others]
         asked = [p for p in task.distinct(self.prompts, "train", self.n) for _ in range(self.k)]
-        with closing(Defended(self.teacher.path(root) / "model.gguf", bundle, others, self.candidates)) as llm:
+        teacher = self.teacher.path(root) / "model.gguf"
+        with closing(Defended(teacher, bundle, others, self.candidates, self.answer)) as llm:
             setting, search = self._setting(root), list[Point]()
             if self.cost is not None and self.clean is not None:
                 target = self.clean.read(root, "summary.json")["accuracy"] - self.cost
@@ -97,13 +104,23 @@ class Traces(Stage):
 
 @dataclass(frozen=True)
 class Chosen(Traces):
-    """Of several sampled solutions of each problem the one with the highest dose."""
+    """Of several sampled solutions of each problem the one with the highest dose.
+
+    Attributes:
+        best_of: how many.
+        consistent: whether only those count that have the most frequent answer.
+    """
 
     best_of: int = 8
+    consistent: bool = False
 
     @property
     def candidates(self) -> int:
         return self.best_of
+
+    @property
+    def answer(self) -> Callable[[str], Hashable] | None:
+        return final_answer if self.consistent else None
 
     @property
     def seconds(self) -> float:
