@@ -57,7 +57,7 @@ def confirm() -> list[Entry]:
 def consistent() -> list[Entry]:
     """Whole traces, chosen among those that agree on the answer: eight seeds of bases trained half as long."""
     worlds = [_half(World(seed)) for seed in (*CHOSEN_SEEDS, *FRESH_SEEDS)]
-    return [entry for part in (_agreed, _agreed_beside) for world in worlds for entry in part(world)]
+    return [entry for part in (_agreed, _agreed_controls) for world in worlds for entry in part(world)]
 
 
 def hypotheses() -> list[Entry]:
@@ -225,19 +225,23 @@ def _confirmed(world: World) -> Iterator[Entry]:
 
 
 def _agreed(world: World) -> Iterator[Entry]:
-    """The choice among those that agree, beside what it has to beat."""
-    entries = [clean(world), naive(world, "temperature", matched(world, "plain", cost=0.02), 0.02)]
-    chosen = best_of(world, CONSISTENT, CONSISTENT_AT_RANDOM, consistent=True)
-    entries += [naive(world, name, traces, cost=None) for name, traces in chosen.items()]
-    for entry in entries:
+    """The choice among those that agree."""
+    chosen = best_of(world, CONSISTENT, CONSISTENT_AT_RANDOM, consistent=True)[CONSISTENT]
+    for entry in (clean(world), naive(world, CONSISTENT, chosen, cost=None)):
         yield dataclasses.replace(entry, variant=_HALF)
 
 
-def _agreed_beside(world: World) -> Iterator[Entry]:
-    """The choice among all, and an attacker who keeps right answers."""
+def _agreed_controls(world: World) -> Iterator[Entry]:
+    """What it has to beat, what it gives up, and an attacker who keeps right answers."""
+    consistent = best_of(world, CONSISTENT, CONSISTENT_AT_RANDOM, consistent=True)
     among_all = best_of(world, CHOSEN, CHOSEN_AT_RANDOM)[CHOSEN]
-    consistent = best_of(world, CONSISTENT, CONSISTENT_AT_RANDOM, consistent=True)[CONSISTENT]
-    for entry in (naive(world, CHOSEN, among_all, cost=None), *attacked(world, CONSISTENT, consistent, ATTACKS[:1])):
+    entries = (
+        naive(world, CONSISTENT_AT_RANDOM, consistent[CONSISTENT_AT_RANDOM], cost=None),
+        naive(world, "temperature", matched(world, "plain", cost=0.02), 0.02),
+        naive(world, CHOSEN, among_all, cost=None),
+        *attacked(world, CONSISTENT, consistent[CONSISTENT], ATTACKS[:1]),
+    )
+    for entry in entries:
         yield dataclasses.replace(entry, variant=_HALF)
 
 
