@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from ._gguf import GGUFHeader
 from .errors import AdlocalError, InputError, TraceError
-from .parallel import ParallelLlama, Request, Sampling
+from .parallel import ParallelLlama
 from .prompts import final_answer
 from .resumable import OURS, Output
 from .rows import Row, check_messages, prompt_of, read_rows
+from .sequences import Request, Sampling
 from .traces import TraceEncoder, sha256
 
 

@@ -1,96 +1,30 @@
 """Several sequences of a model, plain or protected, decoded together in one llama.cpp context: continuous batching.
 
-A sequence that ends makes room for the next request at once. Every sequence has a stream of the KV cache to itself, so
-what is sampled for a request depends on the others only through rounding: llama.cpp picks kernels by batch size.
+A sequence that ends makes room for the next request at once. One with the prompt of another copies what that one has
+computed of it. Every sequence has a stream of the KV cache to itself, so what is sampled for a request depends on the
+others only through rounding: llama.cpp picks kernels by batch size.
 """
 
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import llama_cpp
-from llama_cpp._internals import LlamaBatch, LlamaContext, LlamaModel, LlamaSampler
+from llama_cpp._internals import LlamaBatch, LlamaContext, LlamaModel
 from llama_cpp._logger import set_verbose
 
+from . import _prompt_memory
+from ._best_of import consistent, repeated
 from ._gguf import GGUFHeader, captured_log, last_line
 from .bundle import NAMES, Bundle
 from .calibration import resolve
 from .errors import AdlocalError, InputError, ModelError, ProxyError
 from .pair import ProxyPair, context_params
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """llama.cpp's sampling chain: top_k, top_p, min_p, temp. A `temp` of 0 is greedy and leaves the others out."""
-
-    temp: float = 0.0
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-
-    def chain(self, seed: int) -> LlamaSampler:
-        """A sampler of its own for one sequence."""
-        chain = LlamaSampler()
-        if self.temp == 0:
-            chain.add_greedy()
-            return chain
-        chain.add_top_k(self.top_k)
-        chain.add_top_p(self.top_p, 1)
-        chain.add_min_p(self.min_p, 1)
-        chain.add_temp(self.temp)
-        chain.add_dist(seed)
-        return chain
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt to go on from, by at most `n_predict` tokens; `index` is handed back with the completion."""
-
-    index: int
-    tokens: Sequence[int]
-    n_predict: int
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What followed a prompt.
-
-    Attributes:
-        index: that of the request.
-        tokens: sampled ids, without the one that ended the turn.
-        finish_reason: "stop" if the model ended its turn, "length" at `n_predict` or at the end of the context.
-        dose: mean Δ − E[Δ] of a sampled token, the end of the turn among them; None where the pair was not evaluated.
-    """
-
-    index: int
-    tokens: list[int]
-    finish_reason: str
-    dose: float | None = None
-
-
-@dataclass
-class _Slot:
-    """One sequence being generated: `pending` is still to be decoded, after `n_past` tokens that were."""
-
-    request: Request
-    limit: int
-    sampler: LlamaSampler
-    pending: Sequence[int]
-    n_past: int = 0
-    sampled: list[int] = field(default_factory=list)
-    doses: list[float] = field(default_factory=list)
-
-    def completion(self, finish_reason: str) -> Completion:
-        dose = math.fsum(self.doses) / len(self.doses) if self.doses else None
-        return Completion(self.request.index, self.sampled, finish_reason, dose)
+from .sequences import Completion, Queue, Request, Sampling, Slot
 
 
 class ParallelLlama:
@@ -159,6 +93,8 @@ class ParallelLlama:
         except BaseException:
             self._close_teacher()
             raise
+        self._contexts = [self._context.ctx, *(self.pair.contexts if self.pair else ())]
+        self._shares = _prompt_memory.can_share(self._contexts)
 
     def close(self) -> None:
         """Frees contexts and models."""
@@ -190,33 +126,30 @@ class ParallelLlama:
             AdlocalError: llama_decode fails, or a dose is not finite.
         """
         candidates: dict[int, list[Completion]] = {}
-        for completion in self._sampled(_repeated(requests, self.best_of), sampling, on_tokens):
+        for completion in self._sampled(repeated(requests, self.best_of), sampling, on_tokens):
             found = candidates.setdefault(completion.index, [])
             found.append(completion)
             if len(found) == self.best_of:
                 yield max(self._consistent(candidates.pop(completion.index)), key=lambda c: c.dose or 0.0)
 
     def _consistent(self, candidates: Sequence[Completion]) -> Sequence[Completion]:
-        """Those whose answer is the most frequent one, of several such all; all candidates where none answers."""
+        """Those that may be chosen among."""
         if self._answer is None:
             return candidates
-        answers = [self._answer(self.text(c.tokens)) if c.finish_reason == "stop" else None for c in candidates]
-        counts = Counter(answer for answer in answers if answer is not None)
-        most = max(counts.values(), default=0)
-        return [c for c, answer in zip(candidates, answers, strict=True) if counts[answer] == most]
+        ended = [c.finish_reason == "stop" for c in candidates]
+        answers = [self._answer(self.text(c.tokens)) if e else None for c, e in zip(candidates, ended, strict=True)]
+        return consistent(candidates, answers)
 
     def _sampled(
         self, requests: Iterable[Request], sampling: Sampling, on_tokens: Callable[[int], None]
     ) -> Iterator[Completion]:
-        queue = iter(requests)
-        slots: list[_Slot | None] = [None] * self.n_parallel
+        queue = Queue(requests)
+        slots: list[Slot | None] = [None] * self.n_parallel
         self._context.kv_cache_clear()
         if self.pair is not None:
             self.pair.clear()
         while True:
-            for seq_id, slot in enumerate(slots):
-                if slot is None and (request := next(queue, None)) is not None:
-                    slots[seq_id] = self._slot(request, sampling)
+            self._fill(slots, queue, sampling)
             if not any(slots):
                 return
             ready = self._decode(slots)
@@ -231,6 +164,26 @@ class ParallelLlama:
                 self._forget(seq_id)
                 yield completion
 
+    def _fill(self, slots: list[Slot | None], queue: Queue, sampling: Sampling) -> None:
+        """Gives requests to the slots that are free. One whose prompt is being read for another waits to share it."""
+        for seq_id in [i for i, slot in enumerate(slots) if slot is None]:
+            if (request := queue.head) is None:
+                return
+            source = next((i for i, s in enumerate(slots) if s and s.request.tokens == request.tokens), None)
+            if source is None or not self._shares:
+                slots[seq_id] = self._slot(queue.pop(), sampling)
+            elif (slot := slots[source]) and slot.n_past >= len(request.tokens):
+                slots[seq_id] = self._shared(source, seq_id, self._slot(queue.pop(), sampling))
+            else:
+                return
+
+    def _shared(self, source: int, seq_id: int, slot: Slot) -> Slot:
+        """The slot with its prompt in memory but for the last token, whose logits are its own to ask for."""
+        slot.n_past = len(slot.pending) - 1
+        slot.pending = slot.pending[-1:]
+        _prompt_memory.share(self._contexts, source, seq_id, slot.n_past)
+        return slot
+
     def text(self, tokens: Sequence[int]) -> str:
         """What the tokens say. Special tokens say nothing, and bytes that make no character are left out."""
         return b"".join(map(self._piece, tokens)).decode("utf-8", errors="ignore")
@@ -243,11 +196,11 @@ class ParallelLlama:
             n = llama_cpp.llama_token_to_piece(self.model.vocab, token, buffer, len(buffer), 0, False)
         return buffer.raw[:n]
 
-    def _slot(self, request: Request, sampling: Sampling) -> _Slot:
+    def _slot(self, request: Request, sampling: Sampling) -> Slot:
         limit = min(request.n_predict, self.n_ctx - len(request.tokens))
-        return _Slot(request, limit, sampling.chain(request.seed), request.tokens)
+        return Slot(request, limit, sampling.chain(request.seed), request.tokens)
 
-    def _decode(self, slots: Sequence[_Slot | None]) -> list[tuple[int, _Slot, int]]:
+    def _decode(self, slots: Sequence[Slot | None]) -> list[tuple[int, Slot, int]]:
         """Decodes a token of every sequence, and of those with more to read as many as the batch holds.
 
         Returns:
@@ -290,7 +243,7 @@ class ParallelLlama:
         if self.pair is not None:
             self.pair.remove_sequence(seq_id)
 
-    def _sample(self, slot: _Slot, row: int, output: int) -> str | None:
+    def _sample(self, slot: Slot, row: int, output: int) -> str | None:
         """Samples the slot's next token from a row of the batch, the `output`th that it asks logits of.
 
         Returns:
@@ -318,15 +271,6 @@ def _load(
             return model, LlamaContext(model=model, params=params, verbose=False)
     except ValueError as error:
         raise ModelError(f"{path}: {error} ({last_line(log)})") from None
-
-
-def _repeated(requests: Iterable[Request], n: int) -> Iterator[Request]:
-    """Each request n times: as it is, and with seeds so far apart that requests with seeds in a row share none."""
-    for request in requests:
-        yield request
-        for i in range(1, n):
-            seed = (request.seed + i * 0x9E3779B1) % 0xFFFFFFFF  # which llama.cpp would take for "a random seed"
-            yield dataclasses.replace(request, seed=seed)
 
 
 def _finite(dose: float) -> float:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import TraceError
-from .parallel import Completion
 from .rows import Row, is_empty, parse_json_lines, prompt_of
+from .sequences import Completion
 
 #: What a trace has beside the fields of its prompt.
 OURS = ("completion", "finish_reason", "n_tokens", "generated_by")

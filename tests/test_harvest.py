@@ -15,11 +15,13 @@ from pathlib import Path
 from statistics import multimode
 from typing import Any, cast
 
+import families
 import llama_cpp
 import pytest
 import tiny
 import torch
 from adlocal_convert.convert import convert
+from adlocal_convert.export import export_directory
 from adlocal_convert.options import Options
 from faults import Faults
 from llama_cpp._internals import LlamaSampler
@@ -28,7 +30,8 @@ from adlocal import AdlocalError, AntidistillationLlama, Bundle, ProxyError, Pro
 from adlocal.cli import main
 from adlocal.harvest import derive_seed
 from adlocal.pair import context_params
-from adlocal.parallel import Completion, ParallelLlama, Request, Sampling
+from adlocal.parallel import ParallelLlama
+from adlocal.sequences import Completion, Request, Sampling
 from adlocal.traces import TraceEncoder, open_vocabulary, read_traces
 
 N_CTX = 1024
@@ -222,6 +225,44 @@ def test_the_best_of_those_that_agree(teacher: Path, tiny_bundle: Path) -> None:
             answered += bool(most)
     assert best_of_all < len(SHORT), "agreement has to decide somewhere"
     assert 0 < answered < len(SHORT), "there have to be requests with an answer and without"
+
+
+@pytest.mark.parametrize("kind", ["tiny_bundle", "adapter_bundle"], ids=["halves", "adapter"])
+@pytest.mark.usefixtures("exact_kernels")
+def test_a_prompt_is_read_once(
+    kind: str, teacher: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Others with the same prompt decode its last token, for its logits, and what they sample."""
+    decoded: list[int] = []
+    add = parallel._add
+
+    def counting(batch: Any, token: int, pos: int, seq_id: int) -> None:
+        decoded.append(token)
+        add(batch, token, pos, seq_id)
+
+    monkeypatch.setattr(parallel, "_add", counting)
+    protection: dict[str, Any] = {"bundle": request.getfixturevalue(kind), "strength": STRENGTH}
+    asked = [replace(SHORT[1], index=i, seed=i) for i in range(3)]
+    with closing(ParallelLlama(teacher, n_parallel=3, **CHOOSING, **protection)) as llm:
+        found = {each.index: each.tokens for each in llm.generate(asked, UNSURE)}
+        n_fed = sum(len(tokens) - (len(tokens) == asked[0].n_predict) for tokens in found.values())
+        assert len(decoded) == len(asked[0].tokens) + 2 + n_fed
+        decoded.clear()
+        llm._shares = False
+        assert {each.index: each.tokens for each in llm.generate(asked, UNSURE)} == found
+        assert len(decoded) == 3 * len(asked[0].tokens) + n_fed
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_what_forgets_is_not_shared(family: str, teacher: Path, tmp_path: Path) -> None:
+    """A sliding window may have lost the prompt that it is to be copied from."""
+    path = tmp_path / f"{family}.gguf"
+    export_directory(families.save(families.family_model(family), tmp_path / family), teacher, path)
+    with closing(ParallelLlama(path, n_ctx=N_CTX_PROXY, n_parallel=2, n_threads=1)) as llm:
+        assert llm._shares == (family == "llama")
+        again = [replace(SHORT[1], index=i) for i in range(2)]
+        one, other = llm.generate(again, Sampling())
+        assert one.tokens == other.tokens
 
 
 def test_strength_0_is_the_plain_teacher(teacher: Path, plain: Any, tiny_bundle: Path) -> None:

@@ -16,7 +16,8 @@ import pytest
 from lab_models import RandomModel, Written
 
 from adlocal import ProxyPair, adjust
-from adlocal.parallel import Completion, ParallelLlama, Request, Sampling
+from adlocal.parallel import ParallelLlama
+from adlocal.sequences import Completion, Request, Sampling
 from examples.lab import defences, task, traces
 from examples.lab.bundles import Bundle
 from examples.lab.defences import CLOSED, Defended, Kind, Setting

@@ -17,8 +17,8 @@ import transformers
 from adlocal_convert.word_problems import word_problems
 
 from adlocal.errors import InputError
-from adlocal.parallel import Completion
 from adlocal.resumable import Output
+from adlocal.sequences import Completion
 from examples.lab import real
 from examples.lab.lora import Student, Trace, Tuning
 from examples.lab.real_stages import Problem, Runtime, Teaching, Tuned, read_problems

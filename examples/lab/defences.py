@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from adlocal import ProxyPair
-from adlocal.parallel import ParallelLlama, Sampling
+from adlocal.parallel import ParallelLlama
+from adlocal.sequences import Sampling
 
 from .models import N_CTX
 
@@ -80,6 +81,7 @@ class Defended(ParallelLlama):
         how: dict[str, Any] = {"n_ctx": N_CTX, "n_parallel": PARALLEL, "n_threads": 1, "flash_attn": True}
         super().__init__(teacher, **how, bundle=bundle, best_of=best_of, answer=answer)
         self._others = [self._open_pair(other, self._params, 0) for other in others]
+        self._contexts += [context for pair in self._others for context in pair.contexts]
         self.set(Setting())
 
     def close(self) -> None:

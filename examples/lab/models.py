@@ -15,7 +15,8 @@ import torch
 import transformers
 from adlocal_convert.export import export_directory
 
-from adlocal.parallel import ParallelLlama, Request, Sampling
+from adlocal.parallel import ParallelLlama
+from adlocal.sequences import Request, Sampling
 
 from . import task
 from .stages import Stage

@@ -13,8 +13,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from adlocal.parallel import Request
 from adlocal.prompts import final_answer
+from adlocal.sequences import Request
 
 from . import task
 from .bundles import Bundle
