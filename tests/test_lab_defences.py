@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -272,6 +273,20 @@ def test_traces_are_made_at_matched_accuracy(varied: str, sampled: list[tuple[Se
     assert traces.summary(rows)["accuracy"] == pytest.approx(0.85, abs=0.01)
     assert [row["prompt"] for row in rows] == list(ASKED)
     assert [n for _, n in sampled] == [*[traces._SEARCHED] * len(tried), N_LATER, len(ASKED)]
+
+
+@pytest.mark.parametrize("off", [0.03, -0.03])
+def test_a_search_that_hits_at_once_is_corrected_too(
+    off: float, sampled: list[tuple[Setting, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where 400 traces are at the target and all are not, one more point says how accuracy falls there."""
+    monkeypatch.setattr(sys.modules[__name__], "MORE", off)
+    hit = 8 * math.log(TEACHER / 0.85)
+    start = Setting("bundle", hit, GUARD, temperature=0.0)
+    setting, rows, tried = traces._matched(None, start, ASKED, 0.85)  # type: ignore[arg-type]
+    assert len(tried) == 2
+    assert (tried[1][0] > hit) == (setting.strength > hit) == (off < 0)
+    assert abs(traces.summary(rows)["accuracy"] - 0.85) < 0.012
 
 
 def test_a_correction_that_makes_it_worse_is_dropped(

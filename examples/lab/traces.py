@@ -32,6 +32,7 @@ _SEARCHED = 400  # traces at each point of the bisection; the first of those tha
 _CLOSE = 0.008  # in teacher accuracy; half a standard error of the search
 _FAR = 0.01  # from the target, over all traces: worth sampling them once more
 _MOST_POINTS = 7
+_ASIDE = 1.5  # times the strength, for a second point
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,9 @@ def _matched(
     value, search = bisect(accuracy, target, start, LARGEST[setting.kind])
     rows = every(value)
     off = summary(rows)["accuracy"] - target
+    if abs(off) > _FAR and len(search) == 1:  # it hit at once: a line needs a second point, on the side to go to
+        other = min(LARGEST[setting.kind], value * _ASIDE) if off > 0 else value / _ASIDE
+        search.append((other, accuracy(other)))
     again = corrected(value, search, off, LARGEST[setting.kind]) if abs(off) > _FAR else None
     if again is not None and again != value:  # at the largest strength there is nowhere to go
         other = every(again)
