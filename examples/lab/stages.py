@@ -24,7 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 # Enters every hash: raise it when a stage comes to compute something else from the same settings.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
