@@ -153,8 +153,8 @@ def _matched(
     rows = every(value)
     off = summary(rows)["accuracy"] - target
     if abs(off) > _FAR and len(search) == 1:  # it hit at once: a line needs a second point, on the side to go to
-        other = min(LARGEST[setting.kind], value * _ASIDE) if off > 0 else value / _ASIDE
-        search.append((other, accuracy(other)))
+        aside = min(LARGEST[setting.kind], value * _ASIDE) if off > 0 else value / _ASIDE
+        search.append((aside, accuracy(aside)))
     again = corrected(value, search, off, LARGEST[setting.kind]) if abs(off) > _FAR else None
     if again is not None and again != value:  # at the largest strength there is nowhere to go
         other = every(again)
