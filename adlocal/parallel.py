@@ -169,13 +169,19 @@ class ParallelLlama:
         for seq_id in [i for i, slot in enumerate(slots) if slot is None]:
             if (request := queue.head) is None:
                 return
-            source = next((i for i, s in enumerate(slots) if s and s.request.tokens == request.tokens), None)
-            if source is None or not self._shares:
+            source = self._same_prompt(slots, request)
+            if source is None:
                 slots[seq_id] = self._slot(queue.pop(), sampling)
-            elif (slot := slots[source]) and slot.n_past >= len(request.tokens):
-                slots[seq_id] = self._shared(source, seq_id, self._slot(queue.pop(), sampling))
+            elif source[1].n_past >= len(request.tokens):
+                slots[seq_id] = self._shared(source[0], seq_id, self._slot(queue.pop(), sampling))
             else:
                 return
+
+    def _same_prompt(self, slots: Sequence[Slot | None], request: Request) -> tuple[int, Slot] | None:
+        """A sequence that the request can take its prompt from, once that has been read."""
+        if not self._shares:
+            return None
+        return next(((i, s) for i, s in enumerate(slots) if s and s.request.tokens == request.tokens), None)
 
     def _shared(self, source: int, seq_id: int, slot: Slot) -> Slot:
         """The slot with its prompt in memory but for the last token, whose logits are its own to ask for."""

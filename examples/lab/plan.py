@@ -233,13 +233,13 @@ def _agreed(world: World) -> Iterator[Entry]:
 
 def _agreed_controls(world: World) -> Iterator[Entry]:
     """What it has to beat, what it gives up, and an attacker who keeps right answers."""
-    consistent = best_of(world, CONSISTENT, CONSISTENT_AT_RANDOM, consistent=True)
+    agreed = best_of(world, CONSISTENT, CONSISTENT_AT_RANDOM, consistent=True)
     among_all = best_of(world, CHOSEN, CHOSEN_AT_RANDOM)[CHOSEN]
     entries = (
-        naive(world, CONSISTENT_AT_RANDOM, consistent[CONSISTENT_AT_RANDOM], cost=None),
+        naive(world, CONSISTENT_AT_RANDOM, agreed[CONSISTENT_AT_RANDOM], cost=None),
         naive(world, "temperature", matched(world, "plain", cost=0.02), 0.02),
         naive(world, CHOSEN, among_all, cost=None),
-        *attacked(world, CONSISTENT, consistent[CONSISTENT], ATTACKS[:1]),
+        *attacked(world, CONSISTENT, agreed[CONSISTENT], ATTACKS[:1]),
     )
     for entry in entries:
         yield dataclasses.replace(entry, variant=_HALF)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+from adlocal._best_of import consistent
 
 from . import task
 from .models import grade, load, save
@@ -92,8 +93,7 @@ def majority(rows: Sequence[Row]) -> list[Row]:
         by_prompt.setdefault(row["prompt"], []).append(row)
     chosen = []
     for group in by_prompt.values():
-        (answer, _), *_ = Counter(_answer(row) for row in group).most_common(1)
-        chosen.append(next(row for row in group if _answer(row) == answer))
+        chosen.append(consistent(group, [_answer(row) for row in group])[0])
     return chosen
 
 
