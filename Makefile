@@ -15,7 +15,7 @@ setup:  ## Create .venv and install everything in it (instant when up to date)
 demo: setup  ## Protect a small real model and show the difference
 	@$(BIN)/adlocal demo
 
-lab: setup  ## Train, protect and distil tiny models, and see what a copy is worth (13 to 17 minutes on 2 cores)
+lab: setup  ## Train, protect and distil tiny models, and see what a copy is worth (9 to 17 minutes on 2 cores)
 	@$(BIN)/python -m examples.lab quick
 
 test: lint  ## Run everything that CI runs: lint, types, tests
