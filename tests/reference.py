@@ -73,3 +73,9 @@ def log_softmax(rows: Rows) -> npt.NDArray[np.float64]:
     z = rows.astype(np.float64)
     z -= z.max(axis=-1, keepdims=True)
     return np.asarray(z - np.log(np.exp(z).sum(axis=-1, keepdims=True)))
+
+
+def last_row(llm: llama_cpp.Llama, tokens: list[int]) -> Rows:
+    """Logits after `tokens`, (n_vocab,), of a model that is asked for the last row alone."""
+    llm.eval(tokens)
+    return np.ctypeslib.as_array(llm._ctx.get_logits(), (llm.n_vocab(),)).copy()

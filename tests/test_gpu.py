@@ -21,6 +21,7 @@ from adlocal_convert.gradient import Settings, compute_gradient
 from adlocal_convert.options import Options
 from adlocal_convert.proxy import Proxy
 from adlocal_convert.word_problems import word_problems
+from reference import last_row
 
 from adlocal import AntidistillationLlama, ProxyPair
 from adlocal.adjust import adjust
@@ -80,7 +81,7 @@ def test_adjusted_logits_are_the_equation_on_three_independent_contexts(
     prompt = llm.tokenize(b"Once upon a time there was a")
     try:
         for step in (prompt, *[[token] for token in llm.tokenize(b" little girl who lived by the sea and", False)] * 4):
-            z, plus, minus, adjusted = (_last_row(context, step) for context in (*contexts, llm))
+            z, plus, minus, adjusted = (last_row(context, step) for context in (*contexts, llm))
             delta = (plus - minus) / np.float32(2 * bundle.epsilon)
             assert np.array_equal(adjusted, adjust(z, delta, lam=bundle.lam(STRENGTH), guard=llm.guard).logits)
             moved += not np.array_equal(adjusted, z)
@@ -90,18 +91,13 @@ def test_adjusted_logits_are_the_equation_on_three_independent_contexts(
     assert moved > 10
 
 
-def _last_row(llm: llama_cpp.Llama, tokens: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    llm.eval(tokens)
-    return np.ctypeslib.as_array(llm._ctx.get_logits(), (llm.n_vocab(),)).copy()
-
-
 def test_a_bundle_that_was_swept_on_the_gpu_is_faithful(gpu_bundle: Path) -> None:
     """Against the exact derivative: 0.959 was measured on CUDA, a CPU reaches 0.983; convert refuses under 0.90."""
     assert Bundle.open(gpu_bundle).fidelity_median >= 0.95
 
 
 def test_a_bundle_swept_on_a_cpu_serves_on_a_gpu(smollm2_bundle: Path) -> None:
-    """Δ of all prompts' last positions, GPU against CPU: each is within a cosine of 0.98 of the same derivative."""
+    """Δ after every prefix of the prompts, GPU against CPU. Noise of either size would leave a cosine near 0."""
     with (
         ProxyPair.open(smollm2_bundle, n_ctx=512) as cpu,
         ProxyPair.open(smollm2_bundle, n_ctx=512, n_gpu_layers=-1) as gpu,
@@ -118,13 +114,16 @@ def test_a_bundle_swept_on_a_cpu_serves_on_a_gpu(smollm2_bundle: Path) -> None:
 
 
 def test_proxies_on_the_cpu_beside_a_teacher_on_the_gpu(smollm2: Path, smollm2_bundle: Path) -> None:
-    own: dict[str, Any] = {"bundle": smollm2_bundle, "strength": STRENGTH, "proxy_n_gpu_layers": 0}
-    with closing(AntidistillationLlama(str(smollm2), **own, **KWARGS)) as llm:
-        llm.create_completion(PROMPTS[0], max_tokens=24, temperature=0.0)
-        protected = llm.last_dose
-        llm.create_completion(PROMPTS[0], max_tokens=24, temperature=0.0, strength=0.0)
-    assert protected.mean_kl > 0
-    assert protected.n_steerable > 0
+    """Rows of the pair are those of a pair on the CPU, to the bit: the same batch on one thread."""
+    own: dict[str, Any] = {"bundle": smollm2_bundle, "proxy_n_gpu_layers": 0, "proxy_n_threads": 1}
+    with (
+        closing(AntidistillationLlama(str(smollm2), strength=STRENGTH, **own, **KWARGS)) as llm,
+        ProxyPair.open(smollm2_bundle, n_ctx=512, n_outputs=1, n_threads=1) as cpu,
+    ):
+        tokens = llm.tokenize(PROMPTS[0].encode())
+        last_row(llm, tokens)
+        cpu.sync(tokens)
+        assert np.array_equal(llm.pair.rows(), cpu.rows())
 
 
 def test_parallel_sequences_get_a_dose(smollm2: Path, gpu_bundle: Path) -> None:

@@ -22,7 +22,7 @@ from llama_cpp.llama import LogitsProcessorList, MinTokensLogitsProcessor
 from llama_cpp.llama_cache import LlamaRAMCache
 from llama_cpp.llama_grammar import LlamaGrammar
 from llama_cpp.llama_speculative import LlamaDraftModel
-from reference import Reference, Samples, log_softmax, sampling
+from reference import Reference, Samples, last_row, log_softmax, sampling
 
 from adlocal import AntidistillationLlama, ProxyPair
 from adlocal.adjust import adjust
@@ -128,11 +128,6 @@ def test_adjusted_logits_are_the_equation_on_three_independent_contexts(
         llm._logits_all = True
         for context in contexts:
             context.close()
-
-
-def last_row(llm: llama_cpp.Llama, tokens: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    llm.eval(tokens)
-    return np.ctypeslib.as_array(llm._ctx.get_logits(), (llm.n_vocab(),)).copy()
 
 
 # Nothing that a client may ask for turns protection off
