@@ -1,15 +1,17 @@
 # PYTHON chooses the interpreter that .venv is made with; later runs keep the .venv they find.
 PYTHON ?= python3
 BIN := .venv/bin
+# A process a core, of one thread each (tests/conftest.py).
+PARALLEL := $(BIN)/python -m pytest -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lab test test-native-sanitize lint fidelity qualities bench-gradient clean
+.PHONY: help setup demo lab check test test-native-sanitize lint fidelity qualities bench-gradient clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
 
 setup:  ## Create .venv and install everything in it (instant when up to date)
-	@command -v $(PYTHON) >/dev/null || { echo "adlocal: no $(PYTHON) here; install Python 3.10 or newer" >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "adlocal: no $(PYTHON) here; install Python 3.11 or newer" >&2; exit 1; }
 	@$(PYTHON) scripts/setup.py
 
 demo: setup  ## Protect a small real model and show the difference
@@ -18,8 +20,13 @@ demo: setup  ## Protect a small real model and show the difference
 lab: setup  ## Train, protect and distil tiny models, and see what a copy is worth (9 to 17 minutes on 2 cores)
 	@$(BIN)/python -m examples.lab quick
 
+check: lint  ## Run lint, types and all tests but the real model's and the laboratory's (3 minutes on 2 cores)
+	$(PARALLEL) -m "not real and not lab"
+
+# The real model's tests use all cores themselves.
 test: lint  ## Run everything that CI runs: lint, types, tests
-	$(BIN)/python -m pytest
+	$(PARALLEL) -m "not real"
+	$(BIN)/python -m pytest -m real
 
 test-native-sanitize: setup  ## Run the native tests under AddressSanitizer, LeakSanitizer and UBSan
 	$(BIN)/cmake -S native -B build/sanitize -DADLOCAL_BUILD_TESTS=ON -DADLOCAL_SANITIZE=address,undefined \
@@ -33,13 +40,13 @@ lint: setup  ## Check style (ruff) and types (mypy)
 	$(BIN)/mypy
 
 fidelity: setup  ## Print the fidelity of every family, type and format (2 minutes)
-	@$(BIN)/python tests/fidelity_table.py
+	@PYTHONPATH=tests $(BIN)/python -m bench.fidelity_table
 
 qualities: setup  ## Print size, fidelity and cost of every quality and format on SmolLM2 (15 minutes)
-	@$(BIN)/python tests/quality_table.py
+	@PYTHONPATH=tests $(BIN)/python -m bench.quality_table
 
 bench-gradient: setup  ## Print time and memory of the gradient beside a bare loop of transformers (10 minutes)
-	@$(BIN)/python tests/gradient_bench.py
+	@PYTHONPATH=tests $(BIN)/python -m bench.gradient_bench
 
 clean:  ## Remove .venv, caches, builds and the demo's output
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache adlocal-demo

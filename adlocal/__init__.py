@@ -1,7 +1,7 @@
 """Antidistillation sampling (arXiv 2504.13146) for llama.cpp: text that serves the user and teaches a student badly."""
 
 from .bundle import Bundle
-from .calibration import Calibration
+from .bundle.calibration import Calibration
 from .dose import Dose
 from .errors import (
     AdlocalError,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .lockstep import Row
+from .engine.lockstep import Row
 
 
 @dataclass

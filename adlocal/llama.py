@@ -12,14 +12,15 @@ from llama_cpp.llama import LlamaState
 from llama_cpp.llama_chat_format import Llava15ChatHandler, MTMDChatHandler
 
 from . import adjust
-from ._gguf import GGUFHeader, captured_log, last_line
 from .bundle import Bundle
-from .calibration import resolve
+from .bundle.calibration import resolve
 from .dose import Dose
+from .engine.lockstep import LockstepContext, Settings
 from .errors import InputError, ModelError
-from .lockstep import LockstepContext, Settings
+from .llamacpp.gguf import GGUFHeader
+from .llamacpp.model import refusals
 from .pair import ProxyPair
-from .state import PairState
+from .pair.state import PairState
 
 
 class ProtectedState(LlamaState):
@@ -103,11 +104,8 @@ class AntidistillationLlama(llama_cpp.Llama):
         self.pair = pair
 
     def _load_teacher(self, model_path: str, kwargs: dict[str, Any]) -> None:
-        try:
-            with captured_log() as log:
-                super().__init__(model_path, **kwargs)
-        except ValueError as error:
-            raise ModelError(f"{model_path}: {error} ({last_line(log)})") from None
+        with refusals(model_path):
+            super().__init__(model_path, **kwargs)
         if llama_cpp.llama_model_has_encoder(self.model) or self._ctx.memory is None:
             self.close()
             raise ModelError(f"{model_path}: an embedding or encoder model writes no text; give a decoder-only model")

@@ -24,7 +24,7 @@ SMOKE = ROOT / "scripts" / "smoke.py"
 STAMP = VENV / "adlocal-setup"  # fingerprint of what is installed; INSTALLING until pip has succeeded
 INSTALLING = "installing"
 
-OLDEST_PYTHON = (3, 10)
+OLDEST_PYTHON = (3, 11)
 TICK_SECONDS = 20
 # GCC 12 miscompiles the AMX tile configuration of ggml: quantized weights then crash the process.
 NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
@@ -72,7 +72,7 @@ def check_python(version: "tuple[int, ...]") -> None:
     """Refuse a Python that adlocal does not run on."""
     if version[:2] < OLDEST_PYTHON:
         raise SetupError(
-            f"Python {'.'.join(map(str, version))} is too old; adlocal needs 3.10 or newer. "
+            f"Python {'.'.join(map(str, version))} is too old; adlocal needs 3.11 or newer. "
             "If you have one, name it: `make <target> PYTHON=python3.12`."
         )
 
@@ -182,11 +182,18 @@ def rebuild_command(flags: "dict[str, str]") -> str:
 
 
 def fingerprint() -> str:
-    """Return a hash of what gets installed: the requirements, and the sources of the native core."""
+    """Return a hash of what gets installed: the requirements, the native core, and where each module lies.
+
+    An editable installation keeps a list of modules: one that became a package is not found until it is made anew.
+    """
     native = [path for path in sorted((ROOT / "native").rglob("*")) if path.is_file()]
     sources = [path for path in native if not {"tests", "examples"} & set(path.parts[len(ROOT.parts) :])]
     parts = [ROOT / "pyproject.toml", CONSTRAINTS, *sources]
-    return hashlib.sha256(b"\0".join(part.read_bytes() for part in parts)).hexdigest()
+    modules = sorted(
+        p.relative_to(ROOT).as_posix() for top in ("adlocal", "convert") for p in (ROOT / top).rglob("*.py")
+    )
+    contents = [*(part.read_bytes() for part in parts), *map(str.encode, modules)]
+    return hashlib.sha256(b"\0".join(contents)).hexdigest()
 
 
 def read_stamp() -> str:

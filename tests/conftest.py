@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before a library is loaded that reads it: one thread a process
+    os.environ.setdefault("OMP_THREAD_LIMIT", "1")
+
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import tiny
-from adapters import Pairs
-from adlocal_convert.convert import convert
-from adlocal_convert.demo import demo_model
-from adlocal_convert.options import Options
-from adlocal_convert.word_problems import word_problems
-from faults import Faults
 
 from adlocal.bundle import Bundle
 from adlocal.errors import BundleError
+from adlocal_convert.convert import convert
+from adlocal_convert.demo.smollm2 import demo_model
+from adlocal_convert.demo.word_problems import word_problems
+from adlocal_convert.options import Options
+from support import tiny
+from support.adapters import Pairs
+from support.faults import Faults
+from support.paths import GSM8K, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_train_1000.jsonl"
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the laboratory's tests."""
+    for item in items:
+        if item.path.is_relative_to(ROOT / "tests" / "lab"):
+            item.add_marker(pytest.mark.lab)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -95,7 +104,7 @@ def smollm2_bundle(smollm2: Path, pytestconfig: pytest.Config) -> Path:
     assert cache is not None
     rows = GSM8K.read_text(encoding="utf-8").splitlines()[:96] if GSM8K.exists() else map(json.dumps, word_problems(96))
     text = "\n".join(rows) + "\n"
-    sources = sorted([*(ROOT / "adlocal").glob("*.py"), *(ROOT / "convert" / "adlocal_convert").glob("*.py")])
+    sources = sorted([*(ROOT / "adlocal").rglob("*.py"), *(ROOT / "convert" / "adlocal_convert").rglob("*.py")])
     key = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + text.encode()).hexdigest()[:16]
     directory = cache.mkdir("smollm2") / key
     directory.mkdir(exist_ok=True)

@@ -20,12 +20,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import tiny
-from adlocal_convert.convert import convert
-from adlocal_convert.options import Options
-from conftest import ROOT
 
 from adlocal import ProxyError
+from adlocal_convert.convert import convert
+from adlocal_convert.options import Options
+from support import tiny
+from support.paths import ROOT
 
 EXAMPLES = ROOT / "examples"
 N_CTX = 128

@@ -12,29 +12,31 @@ import torch
 from tqdm import tqdm
 
 import adlocal
-from adlocal import _native
-from adlocal._gguf import GGUFHeader
 from adlocal.bundle import ADAPTER, DEFAULT_GUARD, FORMAT_VERSION, Bundle
 from adlocal.errors import ConversionError, InputError, ModelError
+from adlocal.files import sha256
+from adlocal.llamacpp import native
+from adlocal.llamacpp.gguf import GGUFHeader
+from adlocal.llamacpp.model import context_length, open_vocabulary
 from adlocal.pair import context_params
-from adlocal.traces import TraceEncoder, open_vocabulary, sha256
+from adlocal.traces import TraceEncoder
 
-from .architectures import architecture_of
-from .capabilities import Capability, cache_directory
-from .direction import Mixture, parse_mix
-from .fidelity import TOP_K, Fidelity, Reference, check_agreement, delta_scale, first_epsilon, sweep
-from .gain import Gain, Rounding
-from .gradient import Settings
-from .inputs import resolve
-from .lowrank import factorize
+from .bundle.candidate import Adapter, Backend, Halves, Trial
+from .bundle.fidelity import TOP_K, Fidelity, Reference, check_agreement, delta_scale, first_epsilon, sweep
+from .bundle.gain import Gain, Rounding
+from .bundle.perturb import bundle_id
+from .bundle.presets import QUALITIES, carrier_types, wide_base
+from .bundle.staging import publish, staging_directory
+from .direction.capabilities import Capability, cache_directory
+from .direction.gradient import Settings
+from .direction.lowrank import factorize
+from .direction.mixture import Mixture, parse_mix
+from .model.architectures import architecture_of
+from .model.proxy import TABLE, Proxy
+from .model.weights import Tensor
 from .options import Options, checked
-from .perturb import bundle_id
-from .presets import QUALITIES, carrier_types, wide_base
-from .proxy import TABLE, Proxy
-from .quantize import quantize
-from .staging import publish, staging_directory
-from .trial import Adapter, Backend, Halves, Trial
-from .weights import Tensor
+from .source.inputs import resolve
+from .source.quantize import quantize
 
 Say = Callable[[str], None]
 
@@ -270,13 +272,13 @@ def _base(options: Options, staging: Path, say: Say) -> Path:
 
 def _check_vocabulary(teacher: Path, proxy: Path) -> None:
     """Raises VocabularyError, naming the first token, unless both number their tokens alike, as the runtime asks."""
-    lib = _native.library()
+    lib = native.library()
     with closing(open_vocabulary(teacher)) as theirs, closing(open_vocabulary(proxy)) as ours:
-        _native.check(lib.adl_vocab_shared(ctypes.byref(_native.llama_table(lib)), theirs.model, ours.model))
+        native.check(lib.adl_vocab_shared(ctypes.byref(native.llama_table(lib)), theirs.model, ours.model))
 
 
 def _capabilities(base: Path, options: Options) -> list[Capability]:
-    n_ctx = min(options.n_ctx, GGUFHeader(base).n_ctx_train or options.n_ctx)
+    n_ctx = context_length(base, options.n_ctx)
     parse_mix(options.mix, list(options.traces))  # before minutes of work
     with closing(open_vocabulary(base)) as vocabulary:
         encoder = TraceEncoder(vocabulary, raw=options.raw)

@@ -1,4 +1,4 @@
-"""`python -m examples.lab quick`: does protection work, and what does it cost? Everything is kept in ./lab."""
+"""`python -m examples.lab quick`: does protection work, and what does it cost? Everything is kept in ./lab-results."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import os
 import sys
 from pathlib import Path
 
-from adlocal.arguments import count
+from adlocal.commands.arguments import count
 from adlocal.errors import AdlocalError
 
-from . import collected, plan, report
+from .report import document as report
+from .run import collected, plan
 from .stages import execute, ordered
 
 _PLANS = {
@@ -83,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("command", choices=[*_PLANS, "report"])
     parser.add_argument("plan", nargs="?", choices=_PLANS, default="quick", help="for report")
-    parser.add_argument("--out", type=Path, default=Path("lab"), help="where everything is kept (default: lab)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("lab-results"), help="where everything is kept (default: lab-results)"
+    )
     parser.add_argument("--jobs", type=count, default=os.cpu_count() or 1, help="processes of one thread each")
     return parser
 

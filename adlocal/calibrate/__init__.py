@@ -1,0 +1,1 @@
+"""How strong? The search for the strength that spends a budget."""

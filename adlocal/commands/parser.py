@@ -1,0 +1,262 @@
+"""The command line: every verb's arguments, with an example of each."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .arguments import add_protected, add_protection, add_runtime, add_sampling, count, eps, seed, temperature
+
+Handler = Callable[[argparse.Namespace], None]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command. Its result has `verb`, and `handler`, which runs it."""
+    from .. import __version__
+
+    parser = _Parser(prog="adlocal", description="Antidistillation sampling (arXiv 2504.13146) for llama.cpp.")
+    parser.add_argument("--version", action="version", version=f"adlocal {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for add in (
+        _add_traces,
+        _add_convert,
+        _add_inspect,
+        _add_generate,
+        _add_calibrate,
+        _add_score,
+        _add_bench,
+        _add_demo,
+    ):
+        add(verbs)
+    return parser
+
+
+def _verb(name: str) -> Handler:
+    """Imports a verb's module when it runs, so that `--help` stays fast."""
+
+    def handler(args: argparse.Namespace) -> None:
+        importlib.import_module(f"adlocal.commands.{name}").run(args)
+
+    return handler
+
+
+def _add(verbs: Any, name: str, handler: Handler, description: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=description[0].lower() + description[1:],
+        description=f"{description}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=_HelpFormatter,
+    )
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells an error in one line, as `main` does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults that there are, and the example as it is written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def _add_traces(verbs: Any) -> None:
+    parser = _add(
+        verbs,
+        "traces",
+        _verb("traces"),
+        "Generate traces: clean ones for convert, protected ones with --bundle; a second run goes on where it stopped",
+        "adlocal traces -m teacher.gguf --prompts prompts.jsonl -o traces.jsonl",
+    )
+    parser.add_argument("-m", "--model", required=True, metavar="TEACHER.gguf")
+    parser.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE.jsonl", help="rows with prompt, messages or question"
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="TRACES.jsonl")
+    add_protection(parser)
+    parser.add_argument(
+        "--best-of",
+        type=count,
+        default=1,
+        metavar="N",
+        help="sample N traces a prompt and keep the one with the highest dose; needs --bundle and --temp above 0",
+    )
+    parser.add_argument(
+        "--consistent",
+        action="store_true",
+        help="with --best-of, choose only among traces whose final number is the most frequent: fewer wrong ones",
+    )
+    parser.add_argument("-n", "--n-predict", type=count, default=512, metavar="N", help="most tokens of a trace")
+    parser.add_argument("-np", "--parallel", type=count, default=4, metavar="N", help="sequences decoded together")
+    parser.add_argument("--raw", action="store_true", help="send string prompts as they are, without the chat template")
+    parser.add_argument("--overwrite", action="store_true", help="start TRACES.jsonl again, whatever is in it")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    add_sampling(parser, temp=0.0)
+    parser.add_argument("-s", "--seed", type=seed, default=0, metavar="N", help="each prompt derives its own from it")
+    add_runtime(parser, ctx_size=2048, help_ctx="tokens of context a sequence")
+
+
+def _add_convert(verbs: Any) -> None:
+    parser = _add(
+        verbs,
+        "convert",
+        _verb("convert"),
+        "Make a bundle from a proxy student and traces",
+        "adlocal convert owner/proxy-GGUF:Q4_K_M --traces math=a.jsonl --traces code=b.jsonl --out bundle/",
+    )
+    _add_convert_inputs(parser)
+    _add_convert_method(parser)
+    parser.add_argument("--force", action="store_true", help="write and mark a bundle whose fidelity is too low")
+    parser.add_argument("--overwrite", action="store_true", help="replace a bundle that lies in DIR")
+    parser.add_argument("--json", action="store_true", help="print the bundle's metadata as JSON")
+    add_runtime(parser, ctx_size=2048)
+
+
+def _add_convert_inputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "proxy",
+        metavar="PROXY",
+        help="the proxy student: a GGUF, a Hugging Face directory, or a hub id (owner/name, owner/name:Q8_0)",
+    )
+    parser.add_argument(
+        "--traces",
+        action="append",
+        required=True,
+        metavar="[NAME=]FILE",
+        help="prompt and completion, or messages, as JSON lines, Parquet or a datasets id; once a capability",
+    )
+    parser.add_argument("--mix", metavar="NAME=WEIGHT,...", help="weights of the capabilities, equal by default")
+    parser.add_argument(
+        "--loss-on", metavar="REGEX", help="the gradient is of the loss on tokens that match alone, on numbers: '[0-9]'"
+    )
+    parser.add_argument("--raw", action="store_true", help="concatenate string pairs, without the chat template")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="directory of the bundle; it is a secret"
+    )
+    parser.add_argument("--teacher", type=Path, metavar="TEACHER.gguf", help="gives a Hugging Face proxy its tokenizer")
+    parser.add_argument("--quant", metavar="TYPE", help="requantize the proxy first, with llama.cpp: Q4_K_M, Q8_0, ...")
+
+
+def _add_convert_method(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format", choices=("halves", "adapter"), default="halves", help="two files of weights, or one and a LoRA"
+    )
+    parser.add_argument(
+        "--quality",
+        choices=("small", "balanced", "exact"),
+        default="balanced",
+        help="halves of 1.1 or 1.25 times the proxy's size, or in F16",
+    )
+    parser.add_argument(
+        "--params",
+        choices=("all", "linear", "norms"),
+        help="which weights are protected (default: all; linear for adapter)",
+    )
+    parser.add_argument("--carriers", type=float, metavar="FRACTION", help="share of the linear weights, for --quality")
+    parser.add_argument("--rank", type=count, metavar="N", help="of the adapter, for --quality")
+    parser.add_argument("--eps", type=eps, default="auto", metavar="STEP", help="step along the unit gradient, or auto")
+    parser.add_argument("-b", "--batch-size", type=count, default=2, metavar="N", help="traces of one pass")
+    parser.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="one trace a pass, activations recomputed, a third of the gradient at a time",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="for the gradient")
+
+
+def _add_inspect(verbs: Any) -> None:
+    description = "Tell what a bundle is and whether its halves fit together"
+    parser = _add(verbs, "inspect", _verb("inspect"), description, "adlocal inspect bundle/ --json")
+    parser.add_argument("bundle", type=Path, metavar="DIR")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_generate(verbs: Any) -> None:
+    parser = _add(
+        verbs,
+        "generate",
+        _verb("generate"),
+        "Generate text under protection",
+        "adlocal generate -m teacher.gguf --bundle bundle/ --chat -p 'Why is the sky blue?' --strength 4",
+    )
+    add_protected(parser)
+    parser.add_argument("-p", "--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--chat", action="store_true", help="send the prompt as a user's message")
+    parser.add_argument("--unprotected", action="store_true", help="run the plain teacher, without a bundle")
+    add_sampling(parser, temp=0.8)
+    parser.add_argument("-s", "--seed", type=seed, metavar="N", help="random if not given")
+
+
+def _add_calibrate(verbs: Any) -> None:
+    parser = _add(
+        verbs,
+        "calibrate",
+        _verb("calibrate"),
+        "Find the strength that spends a budget, and make it the bundle's default",
+        "adlocal calibrate -m teacher.gguf --bundle bundle/ --prompts prompts.jsonl --kl 0.1 --plot calibration.png",
+    )
+    parser.add_argument("-m", "--model", required=True, metavar="TEACHER.gguf")
+    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="from adlocal convert")
+    parser.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE.jsonl", help='lines with "prompt", or "question"'
+    )
+    parser.add_argument(
+        "--answers", type=Path, metavar="FILE.jsonl", help='lines with "answer", if the prompts have none'
+    )
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--kl", type=float, metavar="NATS", help="budget: KL to the teacher, nats a token")
+    budget.add_argument("--accuracy-drop", type=float, metavar="PCT", help="budget: points of accuracy to lose at most")
+    parser.add_argument(
+        "--guard", type=float, metavar="SHARE", help="fixed; else the one with the largest dose for --kl, or 0.05"
+    )
+    parser.add_argument("--temp", type=temperature, metavar="T", help="0.8 for --kl, greedy for --accuracy-drop")
+    parser.add_argument("-n", "--n-predict", type=count, default=256, metavar="N", help="most tokens a prompt")
+    parser.add_argument("-s", "--seed", type=seed, default=0, metavar="N")
+    parser.add_argument("--raw", action="store_true", help="take string prompts as they are, without the chat template")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it; needs adlocal[plot]")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_runtime(parser, ctx_size=2048)
+
+
+def _add_score(verbs: Any) -> None:
+    description = "Measure the dose of existing traces"
+    example = "adlocal score --bundle bundle/ traces.jsonl --html scores.html"
+    parser = _add(verbs, "score", _verb("score"), description, example)
+    parser.add_argument("traces", type=Path, metavar="TRACES.jsonl")
+    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--raw", action="store_true", help="concatenate string pairs, without the chat template")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw histograms of the doses")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE.html", help="write a page that shades every token by its dose"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--tokens", action="store_true", help="list every token in the JSON object")
+    add_runtime(parser, ctx_size=2048)
+
+
+def _add_bench(verbs: Any) -> None:
+    description = "Measure what protection costs, as ratios in one run"
+    parser = _add(verbs, "bench", _verb("bench"), description, "adlocal bench -m teacher.gguf --bundle bundle/")
+    add_protected(parser, bundle_required=True, n_predict=32)
+
+
+def _add_demo(verbs: Any) -> None:
+    parser = _add(
+        verbs,
+        "demo",
+        _verb("demo"),
+        "Convert SmolLM2-135M-Instruct and answer one prompt without and with protection",
+        "adlocal demo",
+    )
+    parser.add_argument("--dir", type=Path, default=Path("adlocal-demo"), help="where traces and bundle are kept")
+    parser.add_argument("-t", "--threads", type=count, default=os.cpu_count() or 1, metavar="N")

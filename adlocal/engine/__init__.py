@@ -1,0 +1,1 @@
+"""Sequences under protection: the teacher and the pair in step."""

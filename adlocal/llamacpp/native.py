@@ -1,0 +1,194 @@
+"""ctypes binding to the native core, native/include/adlocal.h: one thin layer, errors turned into exceptions.
+
+The core is given llama.cpp's functions from the library that llama-cpp-python has already loaded, so that there never
+is a second libllama in the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+from llama_cpp.llama_cpp import _lib as libllama
+
+from ..errors import AdlocalError, BundleError, InputError, ModelError, NativeError, ProxyError, VocabularyError
+from .gguf import InitParams, ggml
+
+FILE_NAME = {"win32": "adlocal.dll", "darwin": "libadlocal.dylib"}.get(sys.platform, "libadlocal.so")
+_REMEDY = "install adlocal again (`pip install .` compiles it; `make setup` in a checkout)"
+
+# enum adl_status
+_ERRORS: dict[int, type[AdlocalError]] = {
+    -1: InputError,
+    -2: NativeError,
+    -3: BundleError,
+    -4: ModelError,
+    -5: VocabularyError,
+    -6: ProxyError,
+    -7: NativeError,
+}
+
+_p, _i32, _u32, _f64, _bool, _str = (
+    ctypes.c_void_p,
+    ctypes.c_int32,
+    ctypes.c_uint32,
+    ctypes.c_double,
+    ctypes.c_bool,
+    ctypes.c_char_p,
+)
+_floats = ctypes.POINTER(ctypes.c_float)
+
+
+class BundleStruct(ctypes.Structure):
+    """struct adl_bundle"""
+
+    _fields_ = (
+        ("format_version", _u32),
+        ("is_adapter", _bool),
+        ("id", ctypes.c_char * 65),
+        ("epsilon", _f64),
+        ("delta_scale", _f64),
+        ("gradient_norm", _f64),
+        ("guard", _f64),
+    )
+
+
+class PairParams(ctypes.Structure):
+    """struct adl_pair_params"""
+
+    _fields_ = (
+        ("model", llama_cpp.llama_model_params),
+        ("context", llama_cpp.llama_context_params),
+        ("concurrency", ctypes.c_int),
+        ("epsilon", _f64),
+    )
+
+
+class RowStruct(ctypes.Structure):
+    """struct adl_row"""
+
+    _fields_ = (("mean", _f64), ("kl", _f64), ("n_candidates", _i32))
+
+
+class DoseStruct(ctypes.Structure):
+    """struct adl_dose"""
+
+    _fields_ = (("n_tokens", ctypes.c_int64), ("n_steerable", ctypes.c_int64), ("total", _f64), ("kl", _f64))
+
+
+_batch = llama_cpp.llama_batch
+
+# name -> (result, arguments)
+_PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "adl_last_error": (_str, ()),
+    "adl_last_status": (_i32, ()),
+    "adl_version": (_str, ()),
+    "adl_llama_struct_name": (_str, (ctypes.c_size_t,)),
+    "adl_llama_function_name": (_str, (ctypes.c_size_t,)),
+    "adl_llama_check": (_i32, (_p,)),
+    "adl_bundle_read": (_i32, (_p, _str, ctypes.POINTER(BundleStruct))),
+    "adl_vocab_shared": (_i32, (_p, _p, _p)),
+    "adl_pair_init": (_p, (_p, _str, _p, PairParams)),
+    "adl_pair_init_from_files": (_p, (_p, _str, _str, _f64, _f64, _p, PairParams)),
+    "adl_pair_init_from_adapter": (_p, (_p, _str, _str, _f64, _f64, _p, PairParams)),
+    "adl_pair_free": (None, (_p,)),
+    "adl_pair_epsilon": (_f64, (_p,)),
+    "adl_pair_set_epsilon": (_i32, (_p, _f64)),
+    "adl_pair_n_ctx": (_u32, (_p,)),
+    "adl_pair_n_vocab": (_i32, (_p,)),
+    "adl_pair_get_context": (_p, (_p, _i32)),
+    "adl_pair_decode": (_i32, (_p, _batch)),
+    "adl_pair_get_logits": (_floats, (_p, _i32)),
+    "adl_pair_memory_clear": (None, (_p,)),
+    "adl_pair_memory_seq_rm": (_bool, (_p, _i32, _i32, _i32)),
+    "adl_pair_touch": (None, (_p,)),
+    "adl_pair_adjust": (_i32, (_p, _floats, _i32, ctypes.POINTER(_f64), _f64, ctypes.POINTER(RowStruct))),
+    "adl_pair_dose": (_f64, (_p, _i32, _i32)),
+    "adl_adjust": (_i32, (_floats, _i32, _floats, _floats, _i32, _i32, _f64, _f64, _f64, ctypes.POINTER(RowStruct))),
+    "adl_sampler_init": (_p, (_p, _f64, _f64)),
+    "adl_sampler_set_prefix": (_i32, (_p, ctypes.POINTER(_i32), ctypes.c_size_t)),
+    "adl_sampler_error": (_str, (_p,)),
+    "adl_sampler_get_dose": (DoseStruct, (_p,)),
+}
+
+
+@functools.cache
+def library() -> Any:
+    """The native core, loaded once.
+
+    Raises:
+        NativeError: it was not built, or belongs to another version of adlocal or of llama.cpp.
+    """
+    path = _find()
+    try:
+        lib = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _PROTOTYPES.items():
+            function = getattr(lib, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise NativeError(f"{path.name} cannot be used ({error}); {_REMEDY}") from None
+    version, ours = lib.adl_version().decode(), sys.modules["adlocal"].__version__
+    if version != ours:
+        raise NativeError(f"{path.name} is of adlocal {version}, this is adlocal {ours}; {_REMEDY}")
+    if lib.adl_llama_check(ctypes.byref(llama_table(lib))) != 0:
+        raise NativeError(f"{lib.adl_last_error().decode()}: {_REMEDY}, with the llama-cpp-python that runs it")
+    return lib
+
+
+def _find() -> Path:
+    """The library lies beside the package's modules; in an editable installation, beside where they would be."""
+    for directory in sys.modules["adlocal"].__path__:
+        if (path := Path(directory) / FILE_NAME).exists():
+            return path
+    raise NativeError(f"the native library {FILE_NAME} is not there; {_REMEDY}")
+
+
+def llama_table(lib: Any) -> ctypes.Structure:
+    """llama.cpp's functions in this process, as struct adl_llama."""
+    structs, functions = _names(lib.adl_llama_struct_name), _names(lib.adl_llama_function_name)
+    size, pointer = ctypes.c_size_t, ctypes.c_void_p
+    fields = [("size", size), *((f"sizeof_{s}", size) for s in structs), *((f, pointer) for f in functions)]
+    table: ctypes.Structure = type("adl_llama", (ctypes.Structure,), {"_fields_": fields})()
+    table.size = ctypes.sizeof(table)
+    for name in structs:
+        setattr(table, f"sizeof_{name}", size_of(name))
+    for name in functions:
+        setattr(table, name, address_of(name))
+    return table
+
+
+def _names(function: Any) -> list[str]:
+    names: Iterator[bytes | None] = map(function, itertools.count())
+    return [name.decode() for name in itertools.takewhile(lambda name: name is not None, names) if name]
+
+
+def size_of(struct: str) -> int:
+    """Bytes of a structure as llama-cpp-python declares it; 0 where it does not."""
+    return ctypes.sizeof(InitParams if struct == "gguf_init_params" else getattr(llama_cpp, struct))
+
+
+def address_of(function: str) -> int | None:
+    """Where llama.cpp's function lies, None if this llama.cpp has none of that name."""
+    try:
+        return ctypes.cast(getattr(ggml if function.startswith("gguf") else libllama, function), ctypes.c_void_p).value
+    except AttributeError:
+        return None
+
+
+def error() -> AdlocalError:
+    """What went wrong in this thread's last failed call."""
+    lib = library()
+    return _ERRORS[lib.adl_last_status()](lib.adl_last_error().decode("utf-8", errors="replace"))
+
+
+def check(status: int) -> int:
+    """Returns the status of a call, or raises what went wrong."""
+    if status < 0:
+        raise error()
+    return status

@@ -1,0 +1,349 @@
+"""The pair: both perturbed proxies in two llama.cpp contexts that evaluate the same tokens, in the native core.
+
+Of an adapter bundle one model is loaded for both contexts, and ĝ is attached to them at +ε and −ε.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+from llama_cpp._internals import LlamaBatch, LlamaModel
+from llama_cpp._logger import set_verbose
+
+from .. import adjust
+from ..bundle import ADAPTER, NAMES, Bundle
+from ..errors import InputError, ProxyError
+from ..llamacpp import native
+from ..llamacpp.log import captured_log, last_line
+from ..llamacpp.model import offloaded
+from .state import PairState, get_state, set_state
+
+Rows = npt.NDArray[np.float32]
+
+
+class ProxyPair:
+    """Two proxies in lockstep. Make one with `ProxyPair.open`; close it, or use it in a `with` statement.
+
+    The pair knows which tokens its memory holds, so that `sync` can follow any jump of the teacher: prefix reuse,
+    rollback, a restored state. One sequence; not safe for use by several threads at once.
+
+    Attributes:
+        bundle: the bundle's metadata.
+        tokens: ids in the proxies' memory, in order.
+        serial: a number that changes whenever the memory does.
+    """
+
+    def __init__(self, bundle: Bundle, handle: int, n_batch: int, n_outputs: int) -> None:
+        self.bundle = bundle
+        self.tokens: list[int] = []
+        self.serial = 0
+        self.n_outputs = n_outputs
+        self._lib = native.library()
+        self._handle: int | None = handle
+        self._free = weakref.finalize(self, self._lib.adl_pair_free, handle)
+        self._rows = 0
+        self._batch = LlamaBatch(n_tokens=n_batch, embd=0, n_seq_max=1, verbose=False)
+
+    @classmethod
+    def open(
+        cls,
+        bundle_dir: str | os.PathLike[str],
+        *,
+        teacher: LlamaModel | None = None,
+        n_ctx: int = 0,
+        n_batch: int = 512,
+        n_outputs: int = 64,
+        n_threads: int | None = None,
+        n_threads_batch: int | None = None,
+        n_gpu_layers: int = 0,
+        type_k: int | None = None,
+        type_v: int | None = None,
+        verbose: bool = False,
+        epsilon: float | None = None,
+    ) -> ProxyPair:
+        """Validates the bundle and loads it, whichever format it is of.
+
+        Args:
+            bundle_dir: what `adlocal convert` wrote.
+            teacher: whose logits the pair is to adjust; without one it only evaluates.
+            n_ctx: tokens of context; 0 takes the proxy's training length.
+            n_batch: most tokens in one `llama_decode`.
+            n_outputs: most rows of logits that one decode may ask for; sizes the compute buffer.
+            n_threads, n_threads_batch: as in `llama_cpp.Llama`; all cores by default.
+            n_gpu_layers: layers to offload, -1 for all.
+            type_k, type_v: KV cache types, as in `llama_cpp.Llama`.
+            epsilon: step along ĝ, in units of the weights, for an adapter bundle; the bundle's by default.
+
+        Raises:
+            BundleError: a file is missing, or the two do not fit together.
+            InputError: `epsilon` is no positive number, or the bundle is of halves and was written at another.
+            ModelError: llama.cpp refuses a file, or `n_ctx` exceeds what the proxy was trained for.
+            VocabularyError: teacher and proxy number their tokens differently.
+        """
+        directory = Path(bundle_dir)
+        bundle = Bundle.open(directory)
+        params = context_params(n_ctx, n_batch, n_outputs, n_threads, n_threads_batch, type_k, type_v)
+        first, second = (directory / name for name in NAMES[bundle.format])
+        return cls.load(first, second, bundle, params, n_gpu_layers, teacher, verbose, epsilon)
+
+    @classmethod
+    def load(
+        cls,
+        first: Path,
+        second: Path,
+        bundle: Bundle,
+        params: llama_cpp.llama_context_params,
+        n_gpu_layers: int = 0,
+        teacher: LlamaModel | None = None,
+        verbose: bool = False,
+        epsilon: float | None = None,
+    ) -> ProxyPair:
+        """Loads two files as the halves of `bundle`, or a model and an adapter, whatever their own metadata say."""
+        set_verbose(verbose)
+        own = llama_cpp.llama_model_default_params()
+        own.n_gpu_layers = offloaded(n_gpu_layers)
+        if epsilon == 0:  # the core's word for the bundle's
+            raise InputError("epsilon=0: give a positive number")
+        pair_params = native.PairParams(own, params, 0, epsilon or 0.0)
+        scales = bundle.epsilon, bundle.delta_scale
+        lib = native.library()
+        init = lib.adl_pair_init_from_adapter if bundle.format == ADAPTER else lib.adl_pair_init_from_files
+        with captured_log() as log:
+            table, model = native.llama_table(lib), teacher and ctypes.cast(teacher.model, ctypes.c_void_p)
+            handle = init(ctypes.byref(table), os.fsencode(first), os.fsencode(second), *scales, model, pair_params)
+        if handle is None:
+            error = native.error()
+            raise type(error)(f"{error} ({last_line(log)})" if log else str(error))
+        return cls(bundle, handle, params.n_batch, params.n_outputs_max)
+
+    def close(self) -> None:
+        """Frees contexts and models."""
+        self._handle = None
+        self._free()
+
+    def __enter__(self) -> ProxyPair:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def handle(self) -> int:
+        """The core's `struct adl_pair *`."""
+        if self._handle is None:
+            raise InputError("the pair is closed; open another")
+        return self._handle
+
+    @property
+    def contexts(self) -> tuple[int, int]:
+        """llama.cpp's contexts of the proxies at θ + εĝ and θ − εĝ, for reading."""
+        plus, minus = (self._lib.adl_pair_get_context(self.handle, sign) for sign in (1, -1))
+        return plus, minus
+
+    @property
+    def epsilon(self) -> float:
+        """The step along ĝ to either proxy that is in force, in units of the weights: Δ = (z₊ − z₋) / 2ε."""
+        return float(self._lib.adl_pair_epsilon(self.handle))
+
+    def set_epsilon(self, value: float) -> None:
+        """Attaches the adapter at another ε, for adapter bundles. The memory is cleared: `sync` starts afresh.
+
+        Raises:
+            InputError: `value` is no positive number, or the pair is of halves; nothing is changed.
+            ProxyError: llama.cpp refuses. The pair keeps its ε.
+        """
+        status = self._lib.adl_pair_set_epsilon(self.handle, value)
+        error = native.error() if status < 0 else None
+        if not isinstance(error, InputError):
+            self.clear()
+        if error is not None:
+            raise error
+
+    @property
+    def n_vocab(self) -> int:
+        return int(self._lib.adl_pair_n_vocab(self.handle))
+
+    @property
+    def n_ctx(self) -> int:
+        return int(self._lib.adl_pair_n_ctx(self.handle))
+
+    def decode(self, batch: LlamaBatch) -> int:
+        """Evaluates one batch of sequence 0 in both proxies, `llama_decode`.
+
+        Returns:
+            the number of rows of logits that the batch asks for; `rows` reads them.
+
+        Raises:
+            ProxyError: llama.cpp refused the batch in either proxy. The memory is cleared: `sync` starts afresh.
+        """
+        n_rows = self.decode_sequences(batch)
+        self.tokens += batch.batch.token[: batch.batch.n_tokens]
+        return n_rows
+
+    def decode_sequences(self, batch: LlamaBatch) -> int:
+        """As `decode`, for a batch of any sequences, by a caller who keeps account of them: `tokens` knows of none."""
+        self._rows = 0
+        n_rows = self._lib.adl_pair_decode(self.handle, batch.batch)
+        if n_rows < 0:
+            error = native.error()
+            self.clear()
+            raise error
+        self.serial += 1
+        self._rows = n_rows
+        return self._rows
+
+    def remove_sequence(self, seq_id: int) -> None:
+        """Forgets all tokens of one sequence, for callers of `decode_sequences`."""
+        self._changed()
+        self._lib.adl_pair_memory_seq_rm(self.handle, seq_id, -1, -1)
+
+    def sync(self, tokens: Sequence[int]) -> None:
+        """Makes the memory hold exactly `tokens`: keeps the common prefix, drops the rest, decodes what is new."""
+        if self.tokens == tokens:
+            return
+        keep = _common_prefix(self.tokens, tokens)
+        if keep < len(self.tokens):
+            self._truncate(keep)
+        self._evaluate(tokens[len(self.tokens) :], logits_all=False)
+
+    def adjust(self, logits: Any, strength: float, guard: float) -> list[tuple[float, int]]:
+        """Adjusts the teacher's rows of the batch that was decoded last, in place.
+
+        Args:
+            logits: `llama_get_logits` of the teacher's context, as many rows as the batch asked for.
+            strength: nats, above 0.
+            guard: 0 to 1.
+
+        Returns:
+            (KL(adjusted ‖ teacher) in nats, how many tokens passed the guard) of each row.
+
+        Raises:
+            ProxyError: nothing was decoded, or a number that has to be finite is not. Nothing may be sampled.
+        """
+        n = self._require_rows()
+        out, strengths = (native.RowStruct * n)(), (ctypes.c_double * n)(*[strength] * n)
+        native.check(self._lib.adl_pair_adjust(self.handle, logits, n, strengths, guard, out))
+        return [(row.kl, row.n_candidates) for row in out]
+
+    def dose(self, row: int, token: int) -> float:
+        """Δ(token) − E[Δ] for a row of the last decode; 0 for a token beyond the proxy's vocabulary, which has no Δ."""
+        if not 0 <= row < self._require_rows():
+            raise InputError(f"row {row} of {self._rows}: the last decode did not ask for it")
+        return float(self._lib.adl_pair_dose(self.handle, row, token))
+
+    def rows(self) -> tuple[Rows, Rows]:
+        """(z₊, z₋) of the last decode's output rows, each (rows, n_vocab). Views: valid until the next decode."""
+        shape = (self._require_rows(), self.n_vocab)
+        plus, minus = (
+            np.ctypeslib.as_array(self._lib.adl_pair_get_logits(self.handle, sign), shape) for sign in (1, -1)
+        )
+        return plus, minus
+
+    def _require_rows(self) -> int:
+        if not self._rows:
+            raise ProxyError("the pair has no evaluated rows: decode a batch first")
+        return self._rows
+
+    def delta(self, tokens: Sequence[int]) -> Rows:
+        """Δ after each prefix of `tokens`: row i is Δ for the token that follows tokens[: i + 1].
+
+        Returns:
+            float32 array of shape (len(tokens), n_vocab), in logits a unit of ε along ĝ.
+        """
+        return np.concatenate([adjust.delta(p, m, self.epsilon) for p, m in self.logits(tokens)])
+
+    def doses(self, tokens: Sequence[int]) -> list[float]:
+        """Dose of each token after the first, given those before it."""
+        return [
+            self.dose(row, tokens[first + row + 1])
+            for first, n_rows in self._chunks(tokens[:-1])
+            for row in range(n_rows)
+        ]
+
+    def logits(self, tokens: Sequence[int]) -> Iterator[tuple[Rows, Rows]]:
+        """(z₊, z₋) after each prefix of `tokens`, in chunks of at most `n_outputs` rows, each (rows, n_vocab).
+
+        A chunk is a view: it is valid until the next one is asked for.
+        """
+        return (self.rows() for _ in self._chunks(tokens))
+
+    def _chunks(self, tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Evaluates `tokens` afresh, a row for each; yields (index of the first, number of rows) of each decode."""
+        if not 0 < len(tokens) <= self.n_ctx:
+            raise InputError(
+                f"{len(tokens)} tokens given, expected 1 to n_ctx={self.n_ctx}; open the pair with a larger n_ctx"
+            )
+        self.clear()
+        for i in range(0, len(tokens), self.n_outputs):
+            self._evaluate(tokens[i : i + self.n_outputs], logits_all=True)
+            yield i, self._rows
+
+    def clear(self) -> None:
+        """Empties both memories."""
+        self._changed()
+        self.tokens = []
+        self._lib.adl_pair_memory_clear(self.handle)
+
+    def save_state(self) -> PairState:
+        """Copy of both memories, for `load_state`."""
+        plus, minus = map(get_state, self.contexts)
+        return PairState(self.bundle.id, self.epsilon, tuple(self.tokens), plus, minus)
+
+    def load_state(self, state: PairState) -> None:
+        """Restores a copy that `save_state` made. One of another bundle or ε is left alone: `sync` evaluates afresh."""
+        self.clear()
+        if (state.bundle_id, state.epsilon) == (self.bundle.id, self.epsilon):
+            for context, data in zip(self.contexts, (state.plus, state.minus), strict=True):
+                set_state(context, data)
+            self._lib.adl_pair_touch(self.handle)
+            self.tokens = list(state.tokens)
+
+    def _evaluate(self, tokens: Sequence[int], *, logits_all: bool) -> None:
+        n_batch = self._batch._n_tokens
+        for i in range(0, len(tokens), n_batch):
+            self._batch.set_batch(tokens[i : i + n_batch], len(self.tokens), logits_all)
+            self.decode(self._batch)
+
+    def _truncate(self, n: int) -> None:
+        """Drops every token from position n on. Recurrent memory cannot forget a part, and is cleared instead."""
+        self._changed()
+        if n and self._lib.adl_pair_memory_seq_rm(self.handle, 0, n, -1):
+            del self.tokens[n:]
+        else:
+            self.clear()
+
+    def _changed(self) -> None:
+        self._rows = 0
+        self.serial += 1
+
+
+def context_params(
+    n_ctx: int = 0,
+    n_batch: int = 512,
+    n_outputs: int = 64,
+    n_threads: int | None = None,
+    n_threads_batch: int | None = None,
+    type_k: int | None = None,
+    type_v: int | None = None,
+) -> llama_cpp.llama_context_params:
+    """llama.cpp's context parameters for a proxy; the arguments are those of `ProxyPair.open`."""
+    params: llama_cpp.llama_context_params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_batch, min(n_batch, params.n_ubatch)
+    params.n_outputs_max = params.n_outputs_max_per_seq = min(n_outputs, n_batch)
+    params.n_threads = n_threads or os.cpu_count() or 1
+    params.n_threads_batch = n_threads_batch or params.n_threads
+    params.type_k = params.type_k if type_k is None else type_k
+    params.type_v = params.type_v if type_v is None else type_v
+    return params
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

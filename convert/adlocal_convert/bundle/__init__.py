@@ -1,0 +1,1 @@
+"""From a direction to a bundle's files, and how faithful they are."""

@@ -1,0 +1,1 @@
+"""The direction along which the proxies are perturbed."""

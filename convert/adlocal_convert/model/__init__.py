@@ -1,0 +1,1 @@
+"""The proxy in PyTorch, differentiated at the weights of its GGUF."""

@@ -1,0 +1,1 @@
+"""Where a proxy comes from: a GGUF, a Hugging Face directory or the hub."""

@@ -1,0 +1,1 @@
+"""The laboratory's question asked of real models."""

@@ -1,0 +1,1 @@
+"""What is run: students, and the plans that name them."""

@@ -1,0 +1,1 @@
+"""What is taught: word problems, and the words of a vocabulary."""

@@ -1,0 +1,1 @@
+"""Bundles, defences, and the traces that teachers write under them."""

@@ -1,0 +1,198 @@
+"""Defences: what is done to the teacher's logits before a token is sampled.
+
+All run in the product's runtime. Where a bundle is followed, be it of the gradient or of another direction, the native
+core adjusts the logits; baselines that are no product change them at the same place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from adlocal import ProxyPair
+from adlocal.engine.parallel import ParallelLlama
+from adlocal.engine.sequences import Sampling
+
+from ..models.pretrained import N_CTX
+
+Rows = npt.NDArray[np.floating[Any]]
+Mask = npt.NDArray[np.bool_]
+Kind = Literal["plain", "guarded", "bundle", "permuted", "experts", "mixed", "capped", "entropy", "sparse"]
+CLOSED = -1e9  # of a token that must not be sampled
+PARALLEL = 64
+_SPARSE = 0.25  # share of tokens with the whole dose
+_CAPPED_FROM = 16.0  # nats of strength before the cap
+_HALVINGS = 20
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A defence at one operating point.
+
+    Attributes:
+        kind: what is done; see below.
+        strength: nats, or what the kind makes of it.
+        guard: share of the top token's probability.
+        temperature: of sampling.
+
+    Kinds:
+        plain: the temperature alone.
+        guarded: the guard alone, no token under it is sampled.
+        bundle: the product's adjustment.
+        permuted: Δ permuted among the candidates anew for each token, with a random sign.
+        experts: (1 − γ) z_T + γ z_P with the strength as γ.
+        mixed: the mean of several bundles' Δ, each in its own scale.
+        capped: the adjustment at a large strength, shrunk token by token to a KL of `strength` nats.
+        entropy: the strength times the entropy of the teacher's row, in nats.
+        sparse: the adjustment on a quarter of the tokens, picked at random.
+    """
+
+    kind: Kind = "plain"
+    strength: float = 0.0
+    guard: float = 0.0
+    temperature: float = 0.5
+
+
+class Defended(ParallelLlama):
+    """A teacher under a defence, for many sequences; `setting` may be changed between two calls of `generate`.
+
+    Args:
+        teacher: its GGUF.
+        bundle: the bundle that the defence follows, or None.
+        others: more of them, for the kind "mixed".
+        best_of: completions of a problem to choose among by their dose.
+        answer: by what those have to agree, or None; see `ParallelLlama`.
+    """
+
+    def __init__(
+        self,
+        teacher: Path,
+        bundle: Path | None,
+        others: Sequence[Path] = (),
+        best_of: int = 1,
+        answer: Callable[[str], Hashable] | None = None,
+    ) -> None:
+        how: dict[str, Any] = {"n_ctx": N_CTX, "n_parallel": PARALLEL, "n_threads": 1, "flash_attn": True}
+        super().__init__(teacher, **how, bundle=bundle, best_of=best_of, answer=answer)
+        self._others = [self._open_pair(other, self._params, 0) for other in others]
+        self._contexts += [context for pair in self._others for context in pair.contexts]
+        self.set(Setting())
+
+    def close(self) -> None:
+        for pair in self._others:
+            pair.close()
+        super().close()
+
+    def set(self, setting: Setting) -> Sampling:
+        """Takes a setting; returns how to sample with it."""
+        self.setting = setting
+        self._rng = np.random.default_rng(0)
+        for pair in self._others:
+            pair.clear()
+        # A strength above 0 has the proxies evaluated.
+        self.strength, self.guard = setting.strength if self.pair else 0.0, setting.guard
+        return Sampling(setting.temperature, top_k=0, top_p=1.0, min_p=0.0)
+
+    def _evaluate(self, n_sequences: int, n_rows: int) -> None:
+        for pair in self._others:
+            pair.decode_sequences(self._batch)
+        super()._evaluate(n_sequences, n_rows)
+
+    def _forget(self, seq_id: int) -> None:
+        super()._forget(seq_id)
+        for pair in self._others:
+            pair.remove_sequence(seq_id)
+
+    def _adjust(self, n_rows: int) -> None:
+        if self.setting.kind in ("plain", "bundle"):
+            super()._adjust(n_rows)
+            return
+        logits = llama_cpp.llama_get_logits(self._context.ctx)
+        teacher = np.ctypeslib.as_array(logits, (n_rows, llama_cpp.llama_vocab_n_tokens(self.model.vocab)))
+        teacher[:] = self._changed(teacher)
+
+    def _changed(self, teacher: Rows) -> Rows:
+        setting = self.setting
+        inside = plausible(teacher, setting.guard)
+        if setting.kind == "guarded":
+            return np.where(inside, teacher, CLOSED)
+        if self.pair is None or not setting.strength:
+            return teacher
+        if setting.kind == "experts":
+            plus, minus = self.pair.rows()
+            return (1 - setting.strength) * teacher + setting.strength * (plus + minus) / 2
+        delta = np.mean([_delta(pair) for pair in (self.pair, *self._others)], axis=0)
+        return teacher + shift(setting, teacher, centred(delta, inside), inside, self._rng)
+
+
+def _delta(pair: ProxyPair) -> Rows:
+    """Δ of the rows decoded last, in units of its scale: one nat of strength shifts a typical candidate by one."""
+    plus, minus = pair.rows()
+    return (plus - minus) / (2 * pair.epsilon * pair.bundle.delta_scale)
+
+
+def plausible(teacher: Rows, guard: float) -> Mask:
+    """Which tokens of each row have at least `guard` of the top token's probability."""
+    floor = np.log(guard) if guard > 0 else -np.inf
+    return np.asarray(teacher >= teacher.max(axis=1, keepdims=True) + floor)
+
+
+def centred(delta: Rows, inside: Mask) -> Rows:
+    """Δ less its mean over the candidates of each row; 0 elsewhere."""
+    mean = np.sum(delta, axis=1, where=inside, keepdims=True) / inside.sum(axis=1, keepdims=True)
+    return np.where(inside, delta - mean, 0.0)
+
+
+def shift(setting: Setting, teacher: Rows, delta: Rows, inside: Mask, rng: np.random.Generator) -> Rows:
+    """What a kind adds to the teacher's rows, given Δ in units of its scale."""
+    n_rows = len(teacher)
+    if setting.kind == "permuted":
+        return setting.strength * permuted(delta, inside, rng)
+    if setting.kind == "entropy":
+        return setting.strength * entropy(teacher) * delta
+    if setting.kind == "sparse":
+        return setting.strength * delta * (rng.random((n_rows, 1)) < _SPARSE)
+    if setting.kind == "capped":
+        return capped(teacher, _CAPPED_FROM * delta, setting.strength)
+    return setting.strength * delta
+
+
+def permuted(delta: Rows, inside: Mask, rng: np.random.Generator) -> Rows:
+    """The same values on other candidates of the row, all with the row's random sign: no direction is left in them."""
+    result = np.zeros_like(delta)
+    for row, mask in enumerate(inside):
+        result[row, mask] = rng.permutation(delta[row, mask]) * rng.choice((-1, 1))
+    return result
+
+
+def entropy(teacher: Rows) -> Rows:
+    """Entropy of each row at temperature 1, in nats, (rows, 1)."""
+    log_p = log_softmax(teacher)
+    return np.asarray(-np.sum(np.exp(log_p) * log_p, axis=1, keepdims=True))
+
+
+def capped(teacher: Rows, added: Rows, cap: float) -> Rows:
+    """`added`, times the largest number up to 1 for each row with which KL(adjusted ‖ teacher) is at most `cap`."""
+    low, high = np.zeros((len(teacher), 1)), np.ones((len(teacher), 1))
+    for _ in range(_HALVINGS):
+        middle = np.where(kl(teacher + high * added, teacher) <= cap, high, (low + high) / 2)
+        fits = kl(teacher + middle * added, teacher) <= cap
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+    return low * added
+
+
+def kl(ours: Rows, theirs: Rows) -> Rows:
+    """KL(ours ‖ theirs) of each row, in nats, (rows, 1)."""
+    log_p, log_q = log_softmax(ours), log_softmax(theirs)
+    return np.asarray(np.sum(np.exp(log_p) * (log_p - log_q), axis=1, keepdims=True))
+
+
+def log_softmax(logits: Rows) -> Rows:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.sum(np.exp(shifted), axis=1, keepdims=True)))

@@ -1,0 +1,1 @@
+"""Benchmarks: tables of what was measured, run by hand."""

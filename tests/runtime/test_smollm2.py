@@ -1,0 +1,53 @@
+"""The bundle that `adlocal convert` makes of a real model, with its defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from adlocal.bundle import MINUS_NAME, PLUS_NAME, Bundle
+from adlocal.bundle.verify import verify
+from support.paths import GSM8K
+
+pytestmark = pytest.mark.real
+
+
+def test_fidelity(smollm2_bundle: Path) -> None:
+    """Δ through llama.cpp's quantized kernels against the exact derivative, on traces that gave no gradient."""
+    bundle = Bundle.open(smollm2_bundle)
+    assert bundle.fidelity_median == max(bundle.sweep_median)
+    assert bundle.fidelity_positions > 200
+    if not GSM8K.exists():
+        pytest.skip("the bar of 0.98 is for GSM8K's solutions, which are not here")
+    assert bundle.gradient_traces == 92
+    assert bundle.fidelity_median >= 0.98
+
+
+def test_size(smollm2: Path, smollm2_bundle: Path) -> None:
+    for name in (PLUS_NAME, MINUS_NAME):
+        assert (smollm2_bundle / name).stat().st_size <= 1.25 * smollm2.stat().st_size
+
+
+def test_bulk_is_the_bases_and_every_key_is_kept(smollm2: Path, smollm2_bundle: Path) -> None:
+    verify(smollm2_bundle)
+    carriers = set(Bundle.open(smollm2_bundle).carriers)
+    base = gguf.GGUFReader(smollm2)
+    for name in (PLUS_NAME, MINUS_NAME):
+        half = gguf.GGUFReader(smollm2_bundle / name)
+        for key, field in base.fields.items():
+            if not key.startswith("GGUF."):
+                assert stored(half.fields[key]) == stored(field), key
+        for theirs, ours in zip(base.tensors, half.tensors, strict=True):
+            assert theirs.name == ours.name
+            if ours.name not in carriers:
+                assert theirs.tensor_type == ours.tensor_type
+                assert np.array_equal(theirs.data, ours.data)
+
+
+def stored(field: Any) -> bytes:
+    """Type and value of a key, as the file's bytes hold them."""
+    return b"".join(part.tobytes() for part in field.parts[2:])
