@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .engine.lockstep import Row
+from .engine.lockstep import AdjustedRow
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Dose:
         """Mean KL(adjusted ‖ teacher) a token, nats."""
         return self.kl / self.n_tokens if self.n_tokens else 0.0
 
-    def add(self, row: Row, dose: float | None) -> None:
+    def add(self, row: AdjustedRow, dose: float | None) -> None:
         """Counts a token sampled from `row`; `dose` is its Δ − E[Δ], None at strength 0."""
         self.n_tokens += 1
         self.n_steerable += row.n_candidates > 1

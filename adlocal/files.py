@@ -40,12 +40,22 @@ def written_whole(path: Path) -> Iterator[Path]:
     Raises:
         AdlocalError: it cannot be written, because the disk is full, say.
     """
-    partial = path.with_name(f".adlocal-{os.getpid()}.partial")
     try:
-        yield partial
-        os.replace(partial, path)
+        with replaced(path) as partial:
+            yield partial
     except OSError as error:
         raise AdlocalError(f"{path}: cannot be written ({error.strerror or error}); give another place") from None
+
+
+@contextmanager
+def replaced(path: Path, *, private: bool = False) -> Iterator[Path]:
+    """As `written_whole`, with its OSError as it is. A `private` file can be read by its owner alone."""
+    partial = path.with_name(f".adlocal-{os.getpid()}.partial")
+    try:
+        if private:
+            os.close(os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
+        yield partial
+        os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

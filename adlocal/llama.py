@@ -5,31 +5,44 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
 from llama_cpp.llama import LlamaState
 from llama_cpp.llama_chat_format import Llava15ChatHandler, MTMDChatHandler
 
-from . import adjust
 from .bundle import Bundle
-from .bundle.calibration import resolve
 from .dose import Dose
-from .engine.lockstep import LockstepContext, Settings
+from .engine.lockstep import LockstepContext
 from .errors import InputError, ModelError
 from .llamacpp.gguf import GGUFHeader
 from .llamacpp.model import refusals
 from .pair import ProxyPair
 from .pair.state import PairState
+from .settings import Settings, resolve
+
+
+@dataclass(frozen=True)
+class _Proxies:
+    """How the pair is opened, by the names of `AntidistillationLlama`'s arguments: what a pickle keeps of it."""
+
+    bundle: Path
+    epsilon: float | None
+    proxy_n_gpu_layers: int | None
+    proxy_n_threads: int | None
+    proxy_type_k: int | None
+    proxy_type_v: int | None
 
 
 class ProtectedState(LlamaState):
     """What `AntidistillationLlama.save_state` returns: the teacher's state, the pair's, and how rows were adjusted."""
 
-    def __init__(self, teacher: LlamaState, pair: PairState, settings: Settings) -> None:
+    def __init__(self, teacher: LlamaState, pair: PairState, evaluated_with: tuple[Settings, float]) -> None:
         self.__dict__.update(teacher.__dict__)
         self.pair = pair
-        self.settings = settings
+        self.evaluated_with = evaluated_with
 
 
 class AntidistillationLlama(llama_cpp.Llama):
@@ -47,7 +60,7 @@ class AntidistillationLlama(llama_cpp.Llama):
         self,
         model_path: str,
         *,
-        bundle: str | os.PathLike[str],
+        bundle: Bundle | str | os.PathLike[str],
         strength: float | str | None = None,
         guard: float | None = None,
         epsilon: float | None = None,
@@ -61,7 +74,7 @@ class AntidistillationLlama(llama_cpp.Llama):
 
         Args:
             model_path: the teacher's GGUF.
-            bundle: what `adlocal convert` wrote.
+            bundle: what `adlocal convert` wrote, or its directory.
             strength: typical shift of a plausible token's logit, in nats; 0 is exactly the teacher. None takes the
                 bundle's calibrated strength if it has one, else 1.0; "calibrated" insists on one.
             guard: tokens under this share of the top token's probability are never lifted; 0 is the paper. None takes
@@ -76,29 +89,23 @@ class AntidistillationLlama(llama_cpp.Llama):
         """
         _refuse_unprotectable(kwargs)
         # Before the teacher's weights are read, which can take a while.
-        resolved = resolve(bundle, Bundle.open(bundle), model_path, strength, guard)
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        settings = resolve(opened, model_path, strength, guard)
         GGUFHeader(model_path)
-        self._protection: dict[str, Any] = {
-            "bundle": bundle,
-            "strength": resolved[0],
-            "guard": resolved[1],
-            "epsilon": epsilon,
-            "proxy_n_gpu_layers": proxy_n_gpu_layers,
-            "proxy_n_threads": proxy_n_threads,
-            "proxy_type_k": proxy_type_k,
-            "proxy_type_v": proxy_type_v,
-        }
+        self._proxies = _Proxies(
+            opened.directory, epsilon, proxy_n_gpu_layers, proxy_n_threads, proxy_type_k, proxy_type_v
+        )
         # A draft needs a row of scores for every position, not only for the last n_batch.
         kwargs["logits_all"] = kwargs.get("logits_all", False) or kwargs.get("draft_model") is not None
         self._load_teacher(model_path, kwargs)
-        self.last_dose = Dose(*resolved)
+        self.last_dose = Dose(settings.strength, settings.guard)
         try:
-            pair = self._open_pair()
+            pair = self._open_pair(opened)
         except BaseException:
             self.close()
             raise
         self._stack.callback(pair.close)
-        self._lockstep = LockstepContext(self._ctx, pair, Settings(*resolved, pair.epsilon))
+        self._lockstep = LockstepContext(self._ctx, pair, settings)
         self._n_ctx = len(self.input_ids)  # llama.cpp rounds n_ctx up, Llama's own buffers do not
         self._ctx = self._lockstep  # type: ignore[assignment]  # it offers what Llama asks of a context
         self.pair = pair
@@ -110,11 +117,11 @@ class AntidistillationLlama(llama_cpp.Llama):
             self.close()
             raise ModelError(f"{model_path}: an embedding or encoder model writes no text; give a decoder-only model")
 
-    def _open_pair(self) -> ProxyPair:
-        own = self._protection
-        layers, threads = own["proxy_n_gpu_layers"], own["proxy_n_threads"]
+    def _open_pair(self, bundle: Bundle) -> ProxyPair:
+        own = self._proxies
+        layers, threads = own.proxy_n_gpu_layers, own.proxy_n_threads
         return ProxyPair.open(
-            own["bundle"],
+            bundle,
             teacher=self._model,
             n_ctx=len(self.input_ids),  # as asked for; llama.cpp rounds it up alike for all three
             n_batch=self.n_batch,
@@ -122,10 +129,10 @@ class AntidistillationLlama(llama_cpp.Llama):
             n_threads=threads or self.n_threads,
             n_threads_batch=threads or self.n_threads_batch,
             n_gpu_layers=self.model_params.n_gpu_layers if layers is None else layers,
-            type_k=own["proxy_type_k"],
-            type_v=own["proxy_type_v"],
+            type_k=own.proxy_type_k,
+            type_v=own.proxy_type_v,
             verbose=self.verbose,
-            epsilon=own["epsilon"],
+            epsilon=own.epsilon,
         )
 
     @property
@@ -135,7 +142,7 @@ class AntidistillationLlama(llama_cpp.Llama):
 
     @strength.setter
     def strength(self, value: float) -> None:
-        self._lockstep.settings = self._settings(value, None)
+        self._lockstep.settings = self._lockstep.settings.but(strength=value)
 
     @property
     def guard(self) -> float:
@@ -144,13 +151,13 @@ class AntidistillationLlama(llama_cpp.Llama):
 
     @guard.setter
     def guard(self, value: float) -> None:
-        self._lockstep.settings = self._settings(None, value)
+        self._lockstep.settings = self._lockstep.settings.but(guard=value)
 
     def create_completion(
         self, *args: Any, strength: float | None = None, guard: float | None = None, **kwargs: Any
     ) -> Any:
         """`llama_cpp.Llama.create_completion` with a `strength` and `guard` for this call."""
-        return self._with(self._settings(strength, guard), super().create_completion, *args, **kwargs)
+        return self._with(self._lockstep.settings.but(strength, guard), super().create_completion, *args, **kwargs)
 
     def __call__(self, *args: Any, strength: float | None = None, guard: float | None = None, **kwargs: Any) -> Any:
         """As `create_completion`."""
@@ -160,7 +167,7 @@ class AntidistillationLlama(llama_cpp.Llama):
         self, *args: Any, strength: float | None = None, guard: float | None = None, **kwargs: Any
     ) -> Any:
         """`llama_cpp.Llama.create_chat_completion` with a `strength` and `guard` for this call."""
-        return self._with(self._settings(strength, guard), super().create_chat_completion, *args, **kwargs)
+        return self._with(self._lockstep.settings.but(strength, guard), super().create_chat_completion, *args, **kwargs)
 
     def generate(
         self,
@@ -171,12 +178,12 @@ class AntidistillationLlama(llama_cpp.Llama):
         **kwargs: Any,
     ) -> Generator[int, Sequence[int] | None, None]:
         """`llama_cpp.Llama.generate` with a `strength` and `guard` for this call."""
-        return self._stepwise(self._settings(strength, guard), self._generate(tokens, *args, **kwargs))
+        return self._stepwise(self._lockstep.settings.but(strength, guard), self._generate(tokens, *args, **kwargs))
 
     def _generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         settings = self._lockstep.settings
         self.last_dose = Dose(settings.strength, settings.guard)
-        if settings != self._lockstep.evaluated_with:
+        if self._lockstep.in_force != self._lockstep.evaluated_with:
             self._forget_rows(keep_context=not kwargs.get("reset", True))
         elif not self._lockstep.has_rows():  # after a failure: the prompt may be cached, but nothing to sample from
             self._requires_eval = True
@@ -214,8 +221,7 @@ class AntidistillationLlama(llama_cpp.Llama):
     def load_state(self, state: LlamaState) -> None:
         """Restores a saved state. Rows of scores that were adjusted otherwise, or never, are evaluated again."""
         tokens = state.input_ids[: state.n_tokens].tolist()
-        settings = getattr(state, "settings", None)
-        if self._logits_all and settings != self._settings(None, None):
+        if self._logits_all and not self._fits(state):
             self._replay(tokens)
             self._seed = state.seed
             return
@@ -231,14 +237,14 @@ class AntidistillationLlama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, **self._protection}
+        return {**state, **asdict(self._proxies), "strength": self.strength, "guard": self.guard}
 
-    def _settings(self, strength: float | None, guard: float | None) -> Settings:
-        now = self._lockstep.settings
-        return Settings(
-            now.strength if strength is None else adjust.check_strength(strength),
-            now.guard if guard is None else adjust.check_guard(guard),
-            self.pair.epsilon,
+    def _fits(self, state: LlamaState) -> bool:
+        """Whether a state's rows of scores are those that the present settings and bundle give."""
+        return (
+            isinstance(state, ProtectedState)
+            and state.evaluated_with == self._lockstep.in_force
+            and state.pair.bundle_id == self.pair.bundle.id
         )
 
     @contextmanager

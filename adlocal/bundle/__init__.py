@@ -5,7 +5,6 @@ from .metadata import (
     ADAPTER,
     ADAPTER_NAME,
     BASE_NAME,
-    DEFAULT_GUARD,
     FORMAT_VERSION,
     HALVES,
     MINUS_NAME,
@@ -14,7 +13,6 @@ from .metadata import (
     SIGNS,
     Bundle,
     format_of,
-    proxy_path,
 )
 
 __all__ = [
@@ -22,7 +20,6 @@ __all__ = [
     "ADAPTER_NAME",
     "BASE_NAME",
     "CALIBRATION_NAME",
-    "DEFAULT_GUARD",
     "FORMAT_VERSION",
     "HALVES",
     "MINUS_NAME",
@@ -32,6 +29,5 @@ __all__ = [
     "Bundle",
     "Calibration",
     "format_of",
-    "proxy_path",
     "teacher_identity",
 ]

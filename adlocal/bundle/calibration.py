@@ -6,13 +6,9 @@ of metadata alone, because everything that reads a bundle reads GGUF.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +16,23 @@ import numpy as np
 
 from .. import adjust
 from ..errors import BundleError, ConversionError, InputError, ModelError
+from ..files import replaced
 from ..llamacpp.gguf import GGUFHeader, write_metadata
-from .metadata import DEFAULT_GUARD, F64, PREFIX, STRING, U32, Bundle
+from ..llamacpp.record import F64, STRING, U32, GGUFRecord, KeyProblem, key
+from .metadata import PREFIX, Bundle
 
 CALIBRATION_NAME = "calibration.gguf"
-CALIBRATED = "calibrated"
-DEFAULT_STRENGTH = 1.0
 CALIBRATION_VERSION = 1
 _BLOCK = 4096
-_REMEDY = "run `adlocal calibrate -m TEACHER.gguf --bundle {} --prompts PROMPTS.jsonl --kl NATS`"
+REMEDY = "run `adlocal calibrate -m TEACHER.gguf --bundle {} --prompts PROMPTS.jsonl --kl NATS`"
 
 
-def _key(name: str, kind: str) -> Any:
-    return field(metadata={"key": f"{PREFIX}calibration.{name}", "type": kind})
+def _key(name: str, gguf_type: str) -> Any:
+    return key(f"{PREFIX}calibration.{name}", gguf_type)
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(GGUFRecord):
     """The settings that spend a budget, and what was measured to find them. Every field is a metadata key.
 
     KL is that of the adjusted logits to the teacher's at temperature 1, in nats a token; dose is as in `Dose`, a token.
@@ -73,44 +69,36 @@ class Calibration:
     curve_dose: list[float] = _key("curve.dose", F64)
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str], bundle: Bundle | None = None) -> Calibration | None:
-        """The calibration in a bundle's directory, or None if there is none.
+    def open(cls, bundle: Bundle | str | os.PathLike[str]) -> Calibration | None:
+        """The calibration of a bundle, or None if there is none.
 
         Args:
-            directory: the bundle.
-            bundle: its metadata, if they were read already.
+            bundle: the bundle, or its directory.
 
         Raises:
             BundleError: the calibration is unreadable, or another bundle's.
         """
-        path = Path(directory) / CALIBRATION_NAME
+        directory = bundle.directory if isinstance(bundle, Bundle) else Path(bundle)
+        path = directory / CALIBRATION_NAME
         if not path.exists():
             return None
         calibration = cls._read(path)
-        bundle_id = (bundle or Bundle.open(directory)).id
+        bundle_id = (bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)).id
         if calibration.bundle_id != bundle_id:
             raise BundleError(
                 f"{path} is of bundle {calibration.bundle_id[:12]}, and this one is {bundle_id[:12]}; delete it, or "
-                + _REMEDY.format(directory)
+                + REMEDY.format(directory)
             )
         return calibration
 
     @classmethod
     def _read(cls, path: Path) -> Calibration:
         try:
-            header = GGUFHeader(path)
+            values = cls.stored_in(GGUFHeader(path))
         except ModelError as error:
             raise BundleError(f"calibration unusable: {error}") from None
-        values = {}
-        for f in dataclasses.fields(cls):
-            kind = f"ARRAY of {f.metadata['type']}" if "list" in str(f.type) else f.metadata["type"]
-            found = header.type_of(f.metadata["key"])
-            if found != kind:
-                raise BundleError(
-                    f"{path}: key {f.metadata['key']} is of GGUF type {found}, expected {kind}; delete the file, "
-                    "and calibrate again"
-                )
-            values[f.name] = header.get(f.metadata["key"])
+        except KeyProblem as problem:
+            raise BundleError(f"{problem}; delete the file, and calibrate again") from None
         return cls(**values)._checked(path)
 
     def _checked(self, path: Path) -> Calibration:
@@ -134,11 +122,10 @@ class Calibration:
         """
         path = Path(directory) / CALIBRATION_NAME
         try:
-            with _beside(path) as partial:
-                write_metadata(partial, ((f.metadata["key"], *self._stored(f)) for f in dataclasses.fields(self)))
+            with replaced(path, private=True) as partial:
+                write_metadata(partial, self.keys())
                 if self._read(partial) != self:  # a full disk may show only when the last block is written
                     raise OSError(f"{partial} does not hold what was written")
-                os.replace(partial, path)
         except (OSError, BundleError) as error:
             raise ConversionError(f"the calibration cannot be written: {error}; nothing was changed") from None
 
@@ -151,60 +138,6 @@ class Calibration:
         )
         text = f"{self.n_prompts} prompts, {self.n_tokens:,} tokens, temperature {self.temperature:g}"
         return f"strength {self.strength:.4g}, guard {self.guard:g}: {spent} (one standard error; {text})"
-
-    def _stored(self, f: dataclasses.Field[Any]) -> tuple[Any, str]:
-        return getattr(self, f.name), f.metadata["type"]
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A file of mode 0600 in the same directory, removed if it was not moved away."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def resolve(
-    bundle_dir: str | os.PathLike[str],
-    bundle: Bundle,
-    teacher: str | os.PathLike[str],
-    strength: float | str | None,
-    guard: float | None,
-) -> tuple[float, float]:
-    """Strength and guard that a caller asks for, with what is left open from the calibration, or from the defaults.
-
-    Args:
-        bundle_dir, bundle: the bundle and its metadata.
-        teacher: the teacher's GGUF.
-        strength: nats; "calibrated"; or None, the calibrated one if there is one, else 1.
-        guard: a share; or None, the calibrated one if there is one, else 0.05.
-
-    Raises:
-        InputError: a value is out of range, "calibrated" without a calibration, or one for another teacher.
-    """
-    if strength is not None and strength != CALIBRATED:
-        adjust.check_strength(strength)  # type: ignore[arg-type]  # that is what it finds out
-    if guard is not None:
-        adjust.check_guard(guard)
-    is_open = strength is None or strength == CALIBRATED or guard is None
-    found = Calibration.open(bundle_dir, bundle) if is_open else None
-    if found is None and strength == CALIBRATED:
-        raise InputError(
-            f"strength={CALIBRATED!r}: bundle {bundle_dir} has no calibration; {_REMEDY.format(bundle_dir)}"
-        )
-    if found is not None and found.teacher != teacher_identity(teacher):
-        raise InputError(
-            f"bundle {bundle_dir} was calibrated for another teacher than {teacher}; give strength and guard, or "
-            + _REMEDY.format(bundle_dir)
-        )
-    own_strength, own_guard = (found.strength, found.guard) if found else (DEFAULT_STRENGTH, DEFAULT_GUARD)
-    return (
-        own_strength if strength is None or isinstance(strength, str) else float(strength),
-        own_guard if guard is None else float(guard),
-    )
 
 
 def teacher_identity(path: str | os.PathLike[str]) -> str:

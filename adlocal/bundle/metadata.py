@@ -7,7 +7,6 @@ nobody types ε at inference.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import numpy as np
 
 from ..errors import BundleError, ModelError
 from ..llamacpp.gguf import GGUFHeader
+from ..llamacpp.record import BOOL, F64, I32, STRING, U32, U64, GGUFRecord, KeyProblem, key, stored_fields, value_of
 
 FORMAT_VERSION = 2
 PREFIX = "adlocal."
@@ -28,24 +28,24 @@ BASE_NAME, ADAPTER_NAME = "proxy-base.gguf", "proxy-adapter.gguf"
 NAMES = {HALVES: (PLUS_NAME, MINUS_NAME), ADAPTER: (BASE_NAME, ADAPTER_NAME)}
 SIGNS = {HALVES: (1, -1), ADAPTER: (0, 1)}
 _BOTH = {HALVES: "the halves", ADAPTER: "base and adapter"}
-DEFAULT_GUARD = 0.05
 _ALPHA = "adapter.lora.alpha"
 
-# GGUF value types of the keys below, by gguf's names; lists are arrays of them.
-U32, I32, F64, BOOL, STRING = "UINT32", "INT32", "FLOAT64", "BOOL", "STRING"
 
-
-def _key(name: str, kind: str) -> Any:
+def _key(name: str, gguf_type: str) -> Any:
     """A field of Bundle that is stored as metadata key `adlocal.<name>`."""
-    return field(metadata={"key": PREFIX + name, "type": kind})
+    return key(PREFIX + name, gguf_type)
 
 
 @dataclass(frozen=True)
-class Bundle:
-    """What a bundle says of itself. Every field is a metadata key, the same in both of its files.
+class Bundle(GGUFRecord):
+    """A bundle: what it says of itself, and where it lies.
 
-    Lengths are in nats of logit, ε and norms in units of the weights.
+    Every field but `directory` is a metadata key, the same in both of its files. Lengths are in nats of logit, ε and
+    norms in units of the weights.
     """
+
+    #: Where its files lie, or will lie. Two bundles are equal that say the same, wherever they are.
+    directory: Path = field(compare=False)
 
     format_version: int = _key("format_version", U32)
     #: "halves" or "adapter".
@@ -102,7 +102,7 @@ class Bundle:
     sweep_p10: list[float] = _key("sweep.p10", F64)
     sweep_slope: list[float] = _key("sweep.slope", F64)
     base_sha256: str = _key("base.sha256", STRING)
-    base_bytes: int = _key("base.bytes", "UINT64")
+    base_bytes: int = _key("base.bytes", U64)
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Bundle:
@@ -111,35 +111,38 @@ class Bundle:
         Raises:
             BundleError: a file is missing or unreadable, or the two do not fit together.
         """
-        kind, (first, second) = headers(Path(directory))
+        place = Path(directory)
+        kind = format_of(place)
+        first, second = _headers(place, kind)
         _check_version(first)
         _check_version(second)
         _check_signs(first, second, kind)
-        bundle, other = cls._from_header(first), cls._from_header(second)
-        if bundle.id != other.id:
-            raise BundleError(
-                f"{directory}: {first.path.name} is of bundle {bundle.id[:12]} and {second.path.name} of "
-                f"{other.id[:12]}; take both from one conversion"
-            )
-        for f in dataclasses.fields(cls):
-            if getattr(bundle, f.name) != getattr(other, f.name):
-                raise BundleError(f"{directory}: {_BOTH[kind]} disagree on {f.metadata['key']}; convert again")
+        bundle, other = (cls(directory=place, **_stored(header)) for header in (first, second))
+        _check_agreement(bundle, other, kind)
         if kind == ADAPTER:
             _check_alpha(second)
         elif _table(first) != _table(second):
             raise BundleError(f"{directory}: the halves hold different tensors; convert again")
-        bundle._check_values(directory, kind)
+        bundle._check_values(kind)
         return bundle
 
-    @classmethod
-    def _from_header(cls, header: GGUFHeader) -> Bundle:
-        values = {}
-        for f in dataclasses.fields(cls):
-            kind = f.metadata["type"]
-            values[f.name] = _typed(header, f.metadata["key"], f"ARRAY of {kind}" if "list" in str(f.type) else kind)
-        return cls(**values)
+    @property
+    def files(self) -> tuple[Path, Path]:
+        """Both halves, plus before minus; or base and adapter."""
+        first, second = NAMES[self.format]
+        return self.directory / first, self.directory / second
 
-    def _check_values(self, directory: str | os.PathLike[str], kind: str) -> None:
+    def headers(self) -> tuple[GGUFHeader, GGUFHeader]:
+        """The headers of both files, read now."""
+        return _headers(self.directory, self.format)
+
+    @property
+    def proxy(self) -> Path:
+        """The file that holds the proxy's vocabulary, chat template and context length."""
+        return self.files[0]
+
+    def _check_values(self, kind: str) -> None:
+        directory = self.directory
         if self.format != kind:
             names = " and ".join(NAMES[kind])
             raise BundleError(f"{directory}: {names} say format {self.format!r}, expected {kind!r}; convert again")
@@ -170,8 +173,7 @@ class Bundle:
 
     def metadata(self, sign: int) -> Iterable[tuple[str, Any, str]]:
         """(key, value, GGUF type) of every key that a file stores; its `sign` is that of SIGNS."""
-        for f in dataclasses.fields(self):
-            yield f.metadata["key"], getattr(self, f.name), f.metadata["type"]
+        yield from self.keys()
         yield PREFIX + "sign", sign, I32
 
 
@@ -189,33 +191,44 @@ def format_of(directory: Path) -> str:
     return ADAPTER if found[1] else HALVES
 
 
-def proxy_path(directory: str | os.PathLike[str]) -> Path:
-    """The GGUF of a bundle that holds the proxy's vocabulary, chat template and context length."""
-    return Path(directory) / NAMES[format_of(Path(directory))][0]
-
-
-def headers(directory: Path) -> tuple[str, tuple[GGUFHeader, GGUFHeader]]:
-    """A bundle's format and its two files."""
-    kind = format_of(directory)
+def _headers(directory: Path, kind: str) -> tuple[GGUFHeader, GGUFHeader]:
     try:
         first, second = (GGUFHeader(directory / name) for name in NAMES[kind])
     except ModelError as error:
         raise BundleError(f"bundle file unusable: {error}") from None
-    return kind, (first, second)
+    return first, second
 
 
 def _table(header: GGUFHeader) -> list[tuple[str, int]]:
     return [(t.name, t.ggml_type) for t in header.tensors]
 
 
-def _typed(half: GGUFHeader, key: str, expected: str) -> Any:
+def _stored(header: GGUFHeader) -> dict[str, Any]:
+    try:
+        return Bundle.stored_in(header)
+    except KeyProblem as problem:
+        raise BundleError(f"{problem}; convert again") from None
+
+
+def _typed(header: GGUFHeader, key: str, expected: str) -> Any:
     """Value of a key that has to be there, in the GGUF type that convert writes."""
-    kind = half.type_of(key)
-    if kind is None:
-        raise BundleError(f"{half.path}: key {key} is missing; convert again")
-    if kind != expected:
-        raise BundleError(f"{half.path}: key {key} is of GGUF type {kind}, expected {expected}; convert again")
-    return half.get(key)
+    try:
+        return value_of(header, key, expected)
+    except KeyProblem as problem:
+        raise BundleError(f"{problem}; convert again") from None
+
+
+def _check_agreement(bundle: Bundle, other: Bundle, kind: str) -> None:
+    """Both files must say the same."""
+    if bundle.id != other.id:
+        first, second = NAMES[kind]
+        raise BundleError(
+            f"{bundle.directory}: {first} is of bundle {bundle.id[:12]} and {second} of {other.id[:12]}; take both "
+            "from one conversion"
+        )
+    for name, stored_as, _ in stored_fields(bundle):
+        if getattr(bundle, name) != getattr(other, name):
+            raise BundleError(f"{bundle.directory}: {_BOTH[kind]} disagree on {stored_as}; convert again")
 
 
 def _check_version(half: GGUFHeader) -> None:

@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 from ..errors import BundleError
 from ..llamacpp.gguf import GGUFHeader
-from .metadata import ADAPTER, ADAPTER_NAME, MINUS_NAME, PLUS_NAME, Bundle, headers
+from .metadata import ADAPTER, Bundle
 
 
-def verify(directory: str | os.PathLike[str], progress: Callable[[int], None] = lambda n: None) -> None:
+def verify(bundle: Bundle | str | os.PathLike[str], progress: Callable[[int], None] = lambda n: None) -> None:
     """Reads every byte that convert wrote of ĝ.
 
     Of halves every tensor is read: bulk tensors must be identical, carriers must match their hash. Then Δ is one
@@ -25,24 +25,24 @@ def verify(directory: str | os.PathLike[str], progress: Callable[[int], None] = 
     of the base only the metadata are compared, so weights of the base that were altered go unnoticed.
 
     Args:
-        directory: the bundle.
+        bundle: the bundle, or its directory.
         progress: told the number of bytes just read, of `verified_files`.
 
     Raises:
         BundleError: naming the tensor or the file that does not fit.
     """
-    bundle = Bundle.open(directory)
-    kind, files = headers(Path(directory))
-    if kind == ADAPTER:
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    files = bundle.headers()
+    if bundle.format == ADAPTER:
         _check_data(files[1:], {t.name for t in files[1].tensors}, bundle.carriers_sha256, progress)
         return
     _check_headers(*files)
     _check_data(files, set(bundle.carriers), bundle.carriers_sha256, progress)
 
 
-def verified_files(bundle: Bundle) -> tuple[str, ...]:
-    """Names of the files that `verify` reads whole."""
-    return (ADAPTER_NAME,) if bundle.format == ADAPTER else (PLUS_NAME, MINUS_NAME)
+def verified_files(bundle: Bundle) -> tuple[Path, ...]:
+    """The files that `verify` reads whole."""
+    return bundle.files[1:] if bundle.format == ADAPTER else bundle.files
 
 
 def _check_data(

@@ -20,10 +20,10 @@ from llama_cpp._internals import LlamaBatch
 from tqdm import tqdm
 
 from .. import adjust
-from ..bundle import DEFAULT_GUARD
 from ..errors import InputError, ProxyError
 from ..llama import AntidistillationLlama
 from ..llamacpp import native
+from ..settings import DEFAULT_GUARD
 from .teacher import open_plain, open_protected
 
 _PROMPT = "Once upon a time, in a small town by the sea, there lived an old clockmaker who"

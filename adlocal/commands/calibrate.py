@@ -13,7 +13,6 @@ from pathlib import Path
 
 from .. import __version__
 from ..adjust import check_guard
-from ..bundle import DEFAULT_GUARD
 from ..bundle.calibration import CALIBRATION_NAME, CALIBRATION_VERSION, Calibration, teacher_identity
 from ..calibrate import plot as calibration_plot
 from ..calibrate.curve import Curve, Point
@@ -31,6 +30,7 @@ from ..calibrate.search import (
 )
 from ..errors import InputError
 from ..files import sha256
+from ..settings import DEFAULT_GUARD
 from ..traces.prompts import Prompt, join_answers, read_prompts
 from .teacher import open_protected
 

@@ -8,8 +8,7 @@ import sys
 
 from tqdm import tqdm
 
-from ..bundle import NAMES
-from .inspect import as_json
+from .inspect import as_json, sizes_of
 from .offline import converter
 
 
@@ -45,8 +44,7 @@ def run(args: argparse.Namespace) -> None:
     )
     bundle = convert(options, say)
     if args.json:
-        sizes = {name: (args.out / name).stat().st_size for name in NAMES[bundle.format]}
-        print(json.dumps(as_json(bundle, sizes)))
+        print(json.dumps(as_json(bundle, sizes_of(bundle))))
 
 
 def say(line: str) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from ..bundle import ADAPTER, NAMES, Bundle
+from ..bundle import ADAPTER, Bundle
 from ..bundle.calibration import Calibration
 from ..bundle.verify import verified_files, verify
 
@@ -19,19 +17,24 @@ from ..bundle.verify import verified_files, verify
 def run(args: argparse.Namespace) -> None:
     """Reads the whole bundle, then prints what it is."""
     bundle = Bundle.open(args.bundle)
-    sizes = {name: (Path(args.bundle) / name).stat().st_size for name in NAMES[bundle.format]}
-    total = sum(sizes[name] for name in verified_files(bundle))
+    sizes = sizes_of(bundle)
+    total = sum(path.stat().st_size for path in verified_files(bundle))
     with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", file=sys.stderr, delay=1) as bar:
-        verify(args.bundle, bar.update)
-    calibration = Calibration.open(args.bundle, bundle)
+        verify(bundle, bar.update)
+    calibration = Calibration.open(bundle)
     print(json.dumps(as_json(bundle, sizes, calibration)) if args.json else describe(bundle, sizes, calibration))
+
+
+def sizes_of(bundle: Bundle) -> dict[str, int]:
+    """Bytes of each file, by its name."""
+    return {path.name: path.stat().st_size for path in bundle.files}
 
 
 def as_json(bundle: Bundle, sizes: dict[str, int], calibration: Calibration | None = None) -> dict[str, Any]:
     """Every stored key under its field's name, and what follows from them."""
     derived = {"bytes": sizes, "paper_lambda_at_strength_1": bundle.paper_lambda(1.0), "files_fit": True}
-    stored = calibration and dataclasses.asdict(calibration)
-    return {**dataclasses.asdict(bundle), **derived, "calibration": stored}
+    stored = calibration and calibration.as_dict()
+    return {**bundle.as_dict(), **derived, "calibration": stored}
 
 
 def describe(bundle: Bundle, sizes: dict[str, int], calibration: Calibration | None = None) -> str:

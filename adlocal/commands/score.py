@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import plotting
-from ..bundle import Bundle, proxy_path
+from ..bundle import Bundle
 from ..errors import InputError
 from ..files import check_target
 from ..llamacpp.model import context_length, open_vocabulary
@@ -30,11 +30,10 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     traces = read_traces(args.traces)
     bundle = Bundle.open(args.bundle)
-    proxy = proxy_path(args.bundle)
-    n_ctx = context_length(proxy, args.ctx_size)
+    n_ctx = context_length(bundle.proxy, args.ctx_size)
     with (
-        ProxyPair.open(args.bundle, n_ctx=n_ctx, n_threads=args.threads, n_gpu_layers=args.gpu_layers) as pair,
-        closing(open_vocabulary(proxy)) as vocabulary,
+        ProxyPair.open(bundle, n_ctx=n_ctx, n_threads=args.threads, n_gpu_layers=args.gpu_layers) as pair,
+        closing(open_vocabulary(bundle.proxy)) as vocabulary,
     ):
         encoded, n_cut, n_skipped = encode_all(traces, TraceEncoder(vocabulary, raw=args.raw), pair.n_ctx)
         scores = [score_trace(pair, trace) for trace in tqdm(encoded, desc="scoring", unit="trace", file=sys.stderr)]

@@ -148,7 +148,7 @@ def _made_by(args: argparse.Namespace, teacher: ParallelLlama) -> dict[str, Any]
     sampling = {"temp": 0.0} if args.temp == 0 else {**asdict(_sampling(args)), "seed": args.seed}
     settings = {"ctx_size": teacher.n_ctx, "n_predict": args.n_predict, "raw": args.raw, **sampling}
     if teacher.pair is not None:
-        settings |= {"bundle": teacher.pair.bundle.id, "strength": teacher.strength, "guard": teacher.guard}
+        settings |= {"bundle": teacher.pair.bundle.id, **asdict(teacher.settings)}
         settings |= {"best_of": teacher.best_of} if teacher.best_of > 1 else {}
         settings |= {"consistent": True} if args.consistent else {}
     return {"teacher": _identity(args.model), **settings}

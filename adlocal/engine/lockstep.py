@@ -12,21 +12,12 @@ from typing import Any
 from llama_cpp._internals import LlamaBatch, LlamaContext
 
 from ..errors import ProxyError
-from ..pair import ProxyPair
-from ..pair.state import PairState
+from ..pair import PairState, ProxyPair
+from ..settings import Settings
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What an adjustment depends on besides the logits."""
-
-    strength: float
-    guard: float
-    epsilon: float
-
-
-@dataclass(frozen=True)
-class Row:
+class AdjustedRow:
     """One adjusted row of the last decode: its place in it, KL, and how many tokens were steered."""
 
     index: int
@@ -38,10 +29,10 @@ class LockstepContext:
     """Stands in for a Llama's `_ctx`. Offers what `Llama` asks of a `LlamaContext`, and nothing else.
 
     Attributes:
-        settings: strength and guard of the next decode.
+        settings: of the next decode.
         tokens: ids in the teacher's memory, in order.
         rows: the last decode's adjusted rows, empty when none may be sampled from.
-        evaluated_with: the settings that gave `rows`.
+        evaluated_with: the settings that gave `rows`, and the pair's ε at that time.
     """
 
     # Reads that no adjustment depends on.
@@ -51,9 +42,10 @@ class LockstepContext:
         self._teacher = teacher
         self._pair = pair
         self._in_step = pair.serial  # the pair's serial number when it held the teacher's tokens; -1: it lags behind
-        self.settings = self.evaluated_with = settings
+        self.settings = settings
+        self.evaluated_with = self.in_force
         self.tokens: list[int] = []
-        self.rows: list[Row] = []
+        self.rows: list[AdjustedRow] = []
 
     def __getattr__(self, name: str) -> Any:
         if name not in self._DELEGATED:
@@ -61,6 +53,11 @@ class LockstepContext:
                 f"LockstepContext keeps {name!r} from callers: it would part the teacher from its pair"
             )
         return getattr(self._teacher, name)
+
+    @property
+    def in_force(self) -> tuple[Settings, float]:
+        """All that an adjustment depends on besides the logits: the settings, and the pair's ε."""
+        return self.settings, self._pair.epsilon
 
     def decode(self, batch: LlamaBatch) -> None:
         """Evaluates a batch in both proxies and the teacher, then adjusts the teacher's output rows in place.
@@ -74,15 +71,15 @@ class LockstepContext:
         """
         self.rows = []
         start, tokens = self._sequence(batch)
-        protect = self.settings.strength > 0
+        protect = self.settings.protects
         if protect:
             self._follow(start)
             self._pair.decode(batch)
         self._teacher.decode(batch)
         self.tokens[start:] = tokens
         self._in_step = self._pair.serial if protect else -1
-        self.rows = self.adjust_rows() if protect else [Row(i, 0.0, 0) for i in range(_n_outputs(batch))]
-        self.evaluated_with = self.settings
+        self.rows = self.adjust_rows() if protect else [AdjustedRow(i, 0.0, 0) for i in range(_n_outputs(batch))]
+        self.evaluated_with = self.in_force
 
     def _follow(self, start: int) -> None:
         """Brings the pair to the teacher's first `start` tokens, at no cost where nothing but decoding has happened."""
@@ -96,14 +93,14 @@ class LockstepContext:
 
     def require_rows(self) -> None:
         """Refuses to go on unless the logits at hand were adjusted with the present settings."""
-        if not self.has_rows() or self.evaluated_with != self.settings:
+        if not self.has_rows() or self.evaluated_with != self.in_force:
             raise ProxyError("no logits were evaluated with the present strength and guard; evaluate a token first")
 
     def has_rows(self) -> bool:
         """Whether there are rows to sample from, and the pair still holds theirs."""
         return bool(self.rows) and self._in_step in (-1, self._pair.serial)
 
-    def row(self, position: int) -> Row:
+    def row(self, position: int) -> AdjustedRow:
         """The adjusted row that the token after `position` is sampled from."""
         self.require_rows()
         back = len(self.tokens) - position
@@ -113,9 +110,9 @@ class LockstepContext:
             )
         return self.rows[-back]
 
-    def dose(self, row: Row, token: int) -> float | None:
+    def dose(self, row: AdjustedRow, token: int) -> float | None:
         """Δ(token) − E[Δ] for a row; None at strength 0, where the pair is not evaluated."""
-        return self._pair.dose(row.index, token) if self.evaluated_with.strength > 0 else None
+        return self._pair.dose(row.index, token) if self.evaluated_with[0].protects else None
 
     def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
         """Forgets the positions from p0 on. The pair follows at its next decode."""
@@ -152,11 +149,11 @@ class LockstepContext:
             )
         return start, raw.token[: raw.n_tokens]
 
-    def adjust_rows(self) -> list[Row]:
+    def adjust_rows(self) -> list[AdjustedRow]:
         """Adjusts the output rows of the teacher's last decode in place, with the pair's."""
         settings = self.settings
         found = self._pair.adjust(self._teacher.get_logits(), settings.strength, settings.guard)
-        return [Row(i, kl, n_candidates) for i, (kl, n_candidates) in enumerate(found)]
+        return [AdjustedRow(i, kl, n_candidates) for i, (kl, n_candidates) in enumerate(found)]
 
 
 def _n_outputs(batch: LlamaBatch) -> int:

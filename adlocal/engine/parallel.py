@@ -10,17 +10,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from pathlib import Path
 
 import llama_cpp
 from llama_cpp._internals import LlamaBatch, LlamaContext, LlamaModel
 
-from ..bundle import NAMES, Bundle
-from ..bundle.calibration import resolve
+from ..bundle import Bundle
 from ..errors import AdlocalError, InputError, ModelError, ProxyError
 from ..llamacpp.model import context_length, load_model, refusals
 from ..llamacpp.tokens import text_of
 from ..pair import ProxyPair, context_params
+from ..settings import Settings, resolve
 from . import prompt_memory
 from .best_of import consistent, repeated
 from .sequences import Completion, Queue, Request, Sampling, Slot
@@ -46,7 +45,7 @@ class ParallelLlama:
 
     Attributes:
         pair: the bundle's proxies, or None.
-        strength, guard: those in force, 0 without a bundle.
+        settings: those in force, of strength 0 without a bundle.
 
     Raises:
         ModelError: llama.cpp refuses the file or the context; the message says why.
@@ -62,7 +61,7 @@ class ParallelLlama:
         n_threads: int | None = None,
         n_gpu_layers: int = 0,
         flash_attn: bool = False,
-        bundle: str | os.PathLike[str] | None = None,
+        bundle: Bundle | str | os.PathLike[str] | None = None,
         strength: float | str | None = None,
         guard: float | None = None,
         best_of: int = 1,
@@ -73,9 +72,10 @@ class ParallelLlama:
         if answer is not None and best_of < 3:
             raise InputError(f"best_of={best_of}: no answer has a majority among so few; give 3 or more, 8 perhaps")
         self.best_of, self._answer = best_of, answer
-        self.strength, self.guard = 0.0, 0.0
+        self.settings = Settings(0.0, 0.0)
         if bundle is not None:  # before any weights are read
-            self.strength, self.guard = resolve(bundle, Bundle.open(bundle), path, strength, guard)
+            bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+            self.settings = resolve(bundle, path, strength, guard)
         elif strength is not None or guard is not None:
             raise InputError(f"strength={strength}, guard={guard}: they act through a bundle; give one")
         self.n_ctx = context_length(path, n_ctx)
@@ -88,7 +88,7 @@ class ParallelLlama:
         self.model, self._context = _load(path, params, n_gpu_layers)
         self._batch = LlamaBatch(n_tokens=self._n_batch, embd=0, n_seq_max=1, verbose=False)
         try:
-            self.pair = None if bundle is None else self._open_pair(Path(bundle), params, n_gpu_layers)
+            self.pair = None if bundle is None else self._open_pair(bundle, params, n_gpu_layers)
         except BaseException:
             self._close_teacher()
             raise
@@ -105,11 +105,9 @@ class ParallelLlama:
         self._batch.close()
         self.model.close()
 
-    def _open_pair(self, bundle: Path, params: llama_cpp.llama_context_params, n_gpu_layers: int) -> ProxyPair:
-        metadata = Bundle.open(bundle)
-        first, second = (bundle / name for name in NAMES[metadata.format])
+    def _open_pair(self, bundle: Bundle, params: llama_cpp.llama_context_params, n_gpu_layers: int) -> ProxyPair:
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO  # as in the drop-in, whatever the teacher's is
-        return ProxyPair.load(first, second, metadata, params, n_gpu_layers, self.model)
+        return ProxyPair.of(bundle, params, n_gpu_layers, self.model)
 
     def generate(
         self, requests: Iterable[Request], sampling: Sampling, on_tokens: Callable[[int], None] = lambda n: None
@@ -221,7 +219,7 @@ class ParallelLlama:
 
     def _evaluate(self, n_sequences: int, n_rows: int) -> None:
         """Decodes the batch in all models, the proxies first: where one fails there are no plain logits to sample."""
-        if self.pair is not None and (self.strength or self.best_of > 1):
+        if self.pair is not None and (self.settings.protects or self.best_of > 1):
             self.pair.decode_sequences(self._batch)
         if status := llama_cpp.llama_decode(self._context.ctx, self._batch.batch):
             raise AdlocalError(
@@ -232,8 +230,9 @@ class ParallelLlama:
 
     def _adjust(self, n_rows: int) -> None:
         """Adjusts the teacher's rows of the batch that was decoded, in place."""
-        if self.pair is not None and self.strength:
-            self.pair.adjust(llama_cpp.llama_get_logits(self._context.ctx), self.strength, self.guard)
+        if self.pair is not None and self.settings.protects:
+            logits = llama_cpp.llama_get_logits(self._context.ctx)
+            self.pair.adjust(logits, self.settings.strength, self.settings.guard)
 
     def _forget(self, seq_id: int) -> None:
         self._context.kv_cache_seq_rm(seq_id, -1, -1)

@@ -1,6 +1,7 @@
 """The two proxies at run time."""
 
-from .proxy_pair import ProxyPair, context_params
+from .parameters import context_params
+from .proxy_pair import ProxyPair
 from .state import PairState
 
 __all__ = ["PairState", "ProxyPair", "context_params"]

@@ -19,11 +19,12 @@ from llama_cpp._internals import LlamaBatch, LlamaModel
 from llama_cpp._logger import set_verbose
 
 from .. import adjust
-from ..bundle import ADAPTER, NAMES, Bundle
+from ..bundle import ADAPTER, Bundle
 from ..errors import InputError, ProxyError
 from ..llamacpp import native
 from ..llamacpp.log import captured_log, last_line
 from ..llamacpp.model import offloaded
+from .parameters import context_params
 from .state import PairState, get_state, set_state
 
 Rows = npt.NDArray[np.float32]
@@ -36,13 +37,12 @@ class ProxyPair:
     rollback, a restored state. One sequence; not safe for use by several threads at once.
 
     Attributes:
-        bundle: the bundle's metadata.
         tokens: ids in the proxies' memory, in order.
         serial: a number that changes whenever the memory does.
     """
 
-    def __init__(self, bundle: Bundle, handle: int, n_batch: int, n_outputs: int) -> None:
-        self.bundle = bundle
+    def __init__(self, handle: int, n_batch: int, n_outputs: int, bundle: Bundle | None) -> None:
+        self._bundle = bundle
         self.tokens: list[int] = []
         self.serial = 0
         self.n_outputs = n_outputs
@@ -55,7 +55,7 @@ class ProxyPair:
     @classmethod
     def open(
         cls,
-        bundle_dir: str | os.PathLike[str],
+        bundle: Bundle | str | os.PathLike[str],
         *,
         teacher: LlamaModel | None = None,
         n_ctx: int = 0,
@@ -72,7 +72,7 @@ class ProxyPair:
         """Validates the bundle and loads it, whichever format it is of.
 
         Args:
-            bundle_dir: what `adlocal convert` wrote.
+            bundle: what `adlocal convert` wrote, or its directory.
             teacher: whose logits the pair is to adjust; without one it only evaluates.
             n_ctx: tokens of context; 0 takes the proxy's training length.
             n_batch: most tokens in one `llama_decode`.
@@ -88,17 +88,13 @@ class ProxyPair:
             ModelError: llama.cpp refuses a file, or `n_ctx` exceeds what the proxy was trained for.
             VocabularyError: teacher and proxy number their tokens differently.
         """
-        directory = Path(bundle_dir)
-        bundle = Bundle.open(directory)
+        bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         params = context_params(n_ctx, n_batch, n_outputs, n_threads, n_threads_batch, type_k, type_v)
-        first, second = (directory / name for name in NAMES[bundle.format])
-        return cls.load(first, second, bundle, params, n_gpu_layers, teacher, verbose, epsilon)
+        return cls.of(bundle, params, n_gpu_layers, teacher, verbose, epsilon)
 
     @classmethod
-    def load(
+    def of(
         cls,
-        first: Path,
-        second: Path,
         bundle: Bundle,
         params: llama_cpp.llama_context_params,
         n_gpu_layers: int = 0,
@@ -106,23 +102,62 @@ class ProxyPair:
         verbose: bool = False,
         epsilon: float | None = None,
     ) -> ProxyPair:
-        """Loads two files as the halves of `bundle`, or a model and an adapter, whatever their own metadata say."""
-        set_verbose(verbose)
-        own = llama_cpp.llama_model_default_params()
-        own.n_gpu_layers = offloaded(n_gpu_layers)
+        """As `open`, with llama.cpp's own parameters of a context."""
         if epsilon == 0:  # the core's word for the bundle's
             raise InputError("epsilon=0: give a positive number")
-        pair_params = native.PairParams(own, params, 0, epsilon or 0.0)
-        scales = bundle.epsilon, bundle.delta_scale
+        return cls.load(
+            *bundle.files,
+            format=bundle.format,
+            epsilon=bundle.epsilon,
+            delta_scale=bundle.delta_scale,
+            params=params,
+            n_gpu_layers=n_gpu_layers,
+            teacher=teacher,
+            verbose=verbose,
+            own_epsilon=epsilon,
+            bundle=bundle,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        first: Path,
+        second: Path,
+        *,
+        format: str,
+        epsilon: float,
+        delta_scale: float,
+        params: llama_cpp.llama_context_params,
+        n_gpu_layers: int = 0,
+        teacher: LlamaModel | None = None,
+        verbose: bool = False,
+        own_epsilon: float | None = None,
+        bundle: Bundle | None = None,
+    ) -> ProxyPair:
+        """Loads two files as a pair, whatever their own metadata say.
+
+        Args:
+            first, second: the halves, or base and adapter.
+            format: HALVES or ADAPTER.
+            epsilon, delta_scale: as a bundle has them.
+            own_epsilon: for an adapter, the ε to attach it at in place of `epsilon`.
+            bundle: which the files are of, for states that are saved.
+            params, n_gpu_layers, teacher, verbose: as in `open`.
+        """
+        set_verbose(verbose)
+        model_params = llama_cpp.llama_model_default_params()
+        model_params.n_gpu_layers = offloaded(n_gpu_layers)
+        pair_params = native.PairParams(model_params, params, 0, own_epsilon or 0.0)
         lib = native.library()
-        init = lib.adl_pair_init_from_adapter if bundle.format == ADAPTER else lib.adl_pair_init_from_files
+        init = lib.adl_pair_init_from_adapter if format == ADAPTER else lib.adl_pair_init_from_files
+        files = os.fsencode(first), os.fsencode(second)
         with captured_log() as log:
             table, model = native.llama_table(lib), teacher and ctypes.cast(teacher.model, ctypes.c_void_p)
-            handle = init(ctypes.byref(table), os.fsencode(first), os.fsencode(second), *scales, model, pair_params)
+            handle = init(ctypes.byref(table), *files, epsilon, delta_scale, model, pair_params)
         if handle is None:
             error = native.error()
             raise type(error)(f"{error} ({last_line(log)})" if log else str(error))
-        return cls(bundle, handle, params.n_batch, params.n_outputs_max)
+        return cls(handle, params.n_batch, params.n_outputs_max, bundle)
 
     def close(self) -> None:
         """Frees contexts and models."""
@@ -134,6 +169,17 @@ class ProxyPair:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle that the pair was opened from.
+
+        Raises:
+            InputError: it was loaded from two files that are no bundle yet.
+        """
+        if self._bundle is None:
+            raise InputError("this pair was loaded from two files; open one from a bundle")
+        return self._bundle
 
     @property
     def handle(self) -> int:
@@ -323,26 +369,6 @@ class ProxyPair:
     def _changed(self) -> None:
         self._rows = 0
         self.serial += 1
-
-
-def context_params(
-    n_ctx: int = 0,
-    n_batch: int = 512,
-    n_outputs: int = 64,
-    n_threads: int | None = None,
-    n_threads_batch: int | None = None,
-    type_k: int | None = None,
-    type_v: int | None = None,
-) -> llama_cpp.llama_context_params:
-    """llama.cpp's context parameters for a proxy; the arguments are those of `ProxyPair.open`."""
-    params: llama_cpp.llama_context_params = llama_cpp.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_batch, min(n_batch, params.n_ubatch)
-    params.n_outputs_max = params.n_outputs_max_per_seq = min(n_outputs, n_batch)
-    params.n_threads = n_threads or os.cpu_count() or 1
-    params.n_threads_batch = n_threads_batch or params.n_threads
-    params.type_k = params.type_k if type_k is None else type_k
-    params.type_v = params.type_v if type_v is None else type_v
-    return params
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -12,17 +12,19 @@ import torch
 from tqdm import tqdm
 
 import adlocal
-from adlocal.bundle import ADAPTER, DEFAULT_GUARD, FORMAT_VERSION, Bundle
+from adlocal.bundle import ADAPTER, FORMAT_VERSION, Bundle
 from adlocal.errors import ConversionError, InputError, ModelError
 from adlocal.files import sha256
 from adlocal.llamacpp import native
 from adlocal.llamacpp.gguf import GGUFHeader
 from adlocal.llamacpp.model import context_length, open_vocabulary
 from adlocal.pair import context_params
+from adlocal.settings import DEFAULT_GUARD
 from adlocal.traces import TraceEncoder
 
-from .bundle.candidate import Adapter, Backend, Halves, Trial
-from .bundle.fidelity import TOP_K, Fidelity, Reference, check_agreement, delta_scale, first_epsilon, sweep
+from .bundle.candidate import Adapter, Backend, Candidate, Halves
+from .bundle.description import Sweep, fidelity_fields, gradient_fields
+from .bundle.fidelity import Fidelity, Reference, check_agreement, delta_scale, first_epsilon, sweep
 from .bundle.gain import Gain, Rounding
 from .bundle.perturb import bundle_id
 from .bundle.presets import QUALITIES, carrier_types, wide_base
@@ -62,7 +64,7 @@ def convert(options: Options, say: Say) -> Bundle:
                 say(capability.report)
             with closing(_open(base, options)) as proxy:
                 bundle = _Conversion(options, proxy, capabilities, staging, say).run()
-            publish(staging, options.out, bundle.format)
+            bundle = publish(bundle, options.out)
     except OSError as error:
         reason = error.strerror or f"{error}; is the disk full?"  # numpy's short writes carry no reason
         raise ConversionError(f"cannot write the bundle to {options.out}: {reason}") from None
@@ -88,15 +90,14 @@ class _Conversion:
             Reference.of(self.proxy, direction, t, None if i else rounding)
             for i, t in enumerate(tqdm(traces, desc="exact derivative", unit="trace"))
         ]
-        provisional = self._provisional(direction)
-        with closing(self._trial(direction, references, rounding)) as trial:
-            self._describe(trial)
-            measured, scales = self._sweep(trial, provisional, references)
-            bundle = self._final(trial, provisional, measured, scales)
+        with closing(self._candidate(direction, references, rounding)) as candidate:
+            self._describe(candidate)
+            found = self._sweep(candidate, references)
+            _check_fidelity(found, self.options)
+            bundle = self._bundle(direction, candidate, found)
             self.say(f"fidelity {bundle.fidelity_median:.4f} at ε = {bundle.epsilon:.4g}")
-            trial.write(self.staging, bundle)
-        Bundle.open(self.staging)
-        return bundle
+            candidate.write(bundle)
+        return Bundle.open(self.staging)
 
     def _direction(self) -> Mixture:
         options, proxy = self.options, self.proxy
@@ -116,7 +117,7 @@ class _Conversion:
             self.say(f"{capability.name}: loss {gradient.loss:.4f} nats a token, ‖g‖ = {norm:.4f}{share}")
         return mixture
 
-    def _trial(self, direction: Mixture, references: Sequence[Reference], rounding: Rounding) -> Trial:
+    def _candidate(self, direction: Mixture, references: Sequence[Reference], rounding: Rounding) -> Candidate:
         """The bundle that the options ask for, at no ε yet."""
         options, proxy, preset = self.options, self.proxy, QUALITIES[self.options.quality]
         longest = max(len(reference.trace.tokens) for reference in references)
@@ -131,108 +132,61 @@ class _Conversion:
         types = carrier_types(self.selection, gain, preset, options.carriers, proxy.path.stat().st_size)
         return Halves(proxy, direction, types, self.staging, backend)
 
-    def _describe(self, trial: Trial) -> None:
+    def _describe(self, candidate: Candidate) -> None:
         """Says how large the bundle gets and what it carries, before it is measured."""
         base = self.proxy.path.stat().st_size
-        sizes = " and ".join(f"{n / 1e6:.1f} MB ({n / base:.3f} of the base)" for n in trial.n_bytes())
-        rank = f", rank up to {trial.rank}" if trial.rank else ""
-        self.say(f"{trial.format} of {sizes}: {len(trial.names)} tensors{rank} carry {trial.energy:.1%} of ‖g‖²")
+        sizes = " and ".join(f"{n / 1e6:.1f} MB ({n / base:.3f} of the base)" for n in candidate.n_bytes())
+        rank = f", rank up to {candidate.rank}" if candidate.rank else ""
+        self.say(
+            f"{candidate.format} of {sizes}: {len(candidate.names)} tensors{rank} carry {candidate.energy:.1%} of ‖g‖²"
+        )
         if self.excluded:
             self.say(f"not carried: {', '.join(self.excluded)}, which is tied to the head; ‖g‖ is without it")
 
-    def _sweep(
-        self, trial: Trial, provisional: Bundle, references: Sequence[Reference]
-    ) -> tuple[list[Fidelity], dict[float, float]]:
-        """Fidelity and delta_scale of each ε tried, through llama.cpp on the backend that will run the pair."""
+    def _sweep(self, candidate: Candidate, references: Sequence[Reference]) -> Sweep:
+        """Tries one ε after the other, through llama.cpp on the backend that will run the pair."""
         scales: dict[float, float] = {}
 
         def measure(epsilon: float) -> Fidelity:
-            with trial.at(dataclasses.replace(provisional, epsilon=epsilon)) as pair:
+            with candidate.at(epsilon) as pair:
                 fidelity = Fidelity.measure(pair, references)
                 scales[epsilon] = delta_scale(pair, references, DEFAULT_GUARD)
             self.say(f"{epsilon:10.4g}  {fidelity.median:.4f}  {fidelity.p10:.4f}  {fidelity.slope:.3f}")
             return fidelity
 
         start = first_epsilon(references)
-        with trial.at(dataclasses.replace(provisional, epsilon=start / 1000)) as pair:  # as good as the base
+        with candidate.at(start / 1000) as pair:  # as good as the base
             check_agreement(pair, references[:1])
         self.say("Δ through llama.cpp against the exact derivative:")
         self.say("         ε  median  p10     slope")
         steps = sweep(start, measure) if self.options.eps is None else iter([measure(self.options.eps)])
-        return list(tqdm(steps, desc="sweep", unit="ε")), scales
+        return Sweep(list(tqdm(steps, desc="sweep", unit="ε")), scales)
 
-    def _provisional(self, direction: Mixture) -> Bundle:
-        """The bundle's metadata with everything that is known before the trial; what is not is zero or empty."""
-        options, gradients = self.options, direction.gradients
-        return Bundle(
+    def _bundle(self, direction: Mixture, candidate: Candidate, found: Sweep) -> Bundle:
+        """The bundle in `staging`, with all that is known of it."""
+        options, best = self.options, found.best
+        linear = {t.name: t.n_weights for t in self.proxy.tensors if t.is_linear}
+        bundle = Bundle(
+            directory=self.staging,
             format_version=FORMAT_VERSION,
-            format=options.format,
+            format=candidate.format,
             id="",
             converter=f"adlocal {adlocal.__version__}",
-            epsilon=1.0,
-            gradient_norm=direction.norm,
-            gradient_loss=direction.loss,
-            gradient_traces=sum(g.n_traces for g in gradients),
-            gradient_tokens=sum(g.n_tokens for g in gradients),
-            delta_scale=1.0,
+            epsilon=best.epsilon,
+            delta_scale=found.scales[best.epsilon],
             guard=DEFAULT_GUARD,
-            capability_names=[c.name for c in self.capabilities],
-            capability_weights=list(direction.weights),
-            capability_norms=direction.norms,
-            capability_losses=[g.loss for g in gradients],
-            capability_traces=[g.n_traces for g in gradients],
-            capability_sha256=[c.sha256 for c in self.capabilities],
-            capability_cosines=[float(c) for c in direction.cosines.flat],
+            **gradient_fields(direction, self.capabilities),
             params=str(options.params),
             params_excluded=self.excluded,
             quality=options.quality if options.carriers is None and options.rank is None else "custom",
-            adapter_rank=0,
-            carriers=[],
-            carrier_fraction=0.0,
-            carrier_energy=0.0,
-            carriers_sha256=[],
-            fidelity_median=0.0,
-            fidelity_p10=0.0,
-            fidelity_slope=0.0,
-            fidelity_positions=0,
-            fidelity_top_k=TOP_K,
-            forced=False,
-            sweep_epsilon=[],
-            sweep_median=[],
-            sweep_p10=[],
-            sweep_slope=[],
+            adapter_rank=candidate.rank,
+            carriers=candidate.names,
+            carrier_fraction=sum(linear.get(name, 0) for name in candidate.names) / sum(linear.values()),
+            carrier_energy=candidate.energy,
+            carriers_sha256=candidate.sha256(best.epsilon),
+            **fidelity_fields(found, _least_fidelity(options)),
             base_sha256=self.base_sha256,
             base_bytes=self.proxy.path.stat().st_size,
-        )
-
-    def _final(
-        self, trial: Trial, provisional: Bundle, measured: Sequence[Fidelity], scales: dict[float, float]
-    ) -> Bundle:
-        best = max(measured, key=lambda fidelity: fidelity.median)
-        least = QUALITIES[self.options.quality].least_fidelity
-        _check_fidelity(best, least, self.options)
-        if not scales[best.epsilon] > 0:
-            raise ConversionError("Δ is zero on every plausible token of the held-out traces; give other traces")
-        linear = {t.name: t.n_weights for t in self.proxy.tensors if t.is_linear}
-        ordered = sorted(measured, key=lambda fidelity: fidelity.epsilon)
-        bundle = dataclasses.replace(
-            provisional,
-            epsilon=best.epsilon,
-            delta_scale=scales[best.epsilon],
-            adapter_rank=trial.rank,
-            carriers=trial.names,
-            carrier_fraction=sum(linear.get(name, 0) for name in trial.names) / sum(linear.values()),
-            carrier_energy=trial.energy,
-            carriers_sha256=trial.sha256(best.epsilon),
-            fidelity_median=best.median,
-            fidelity_p10=best.p10,
-            fidelity_slope=best.slope,
-            fidelity_positions=best.n_positions,
-            forced=not best.median >= least,
-            sweep_epsilon=[f.epsilon for f in ordered],
-            sweep_median=[f.median for f in ordered],
-            sweep_p10=[f.p10 for f in ordered],
-            sweep_slope=[f.slope for f in ordered],
         )
         return dataclasses.replace(bundle, id=bundle_id(bundle))
 
@@ -300,12 +254,19 @@ def _device(name: str) -> str:
     return name
 
 
-def _check_fidelity(best: Fidelity, least: float, options: Options) -> None:
-    if best.median >= least or options.force:
-        return
-    auto = "" if options.eps is None else "--eps auto, "
-    more = "" if options.quality == "exact" else "--quality exact, "
-    raise ConversionError(
-        f"fidelity {best.median:.3f} is under {least}: Δ would mislead the sampling. Try {auto}{more}"
-        "a wider proxy (--quant Q8_0 or F16 from a float GGUF); --force writes the bundle all the same"
-    )
+def _least_fidelity(options: Options) -> float:
+    return QUALITIES[options.quality].least_fidelity
+
+
+def _check_fidelity(found: Sweep, options: Options) -> None:
+    """Refuses a bundle that would mislead the sampling."""
+    best, least = found.best, _least_fidelity(options)
+    if not (best.median >= least or options.force):
+        auto = "" if options.eps is None else "--eps auto, "
+        more = "" if options.quality == "exact" else "--quality exact, "
+        raise ConversionError(
+            f"fidelity {best.median:.3f} is under {least}: Δ would mislead the sampling. Try {auto}{more}"
+            "a wider proxy (--quant Q8_0 or F16 from a float GGUF); --force writes the bundle all the same"
+        )
+    if not found.scales[best.epsilon] > 0:
+        raise ConversionError("Δ is zero on every plausible token of the held-out traces; give other traces")

@@ -30,6 +30,7 @@ from adlocal.engine.parallel import ParallelLlama
 from adlocal.engine.sequences import Completion, Request, Sampling
 from adlocal.llamacpp.model import open_vocabulary
 from adlocal.pair import context_params
+from adlocal.settings import Settings
 from adlocal.traces import TraceEncoder, read_traces
 from adlocal_convert.convert import convert
 from adlocal_convert.options import Options
@@ -124,10 +125,10 @@ def exact_kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """
     f32, load = llama_cpp.GGML_TYPE_F32, ProxyPair.load
 
-    def load_exact(first: Path, second: Path, bundle: Bundle, params: Any, *rest: Any) -> ProxyPair:
+    def load_exact(first: Path, second: Path, *, params: Any, **rest: Any) -> ProxyPair:
         params.type_k, params.type_v = f32, f32
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        return load(first, second, bundle, params, *rest)
+        return load(first, second, params=params, **rest)
 
     monkeypatch.setattr(ProxyPair, "load", load_exact)
     monkeypatch.setattr(parallel, "context_params", partial(context_params, type_k=f32, type_v=f32))
@@ -159,7 +160,7 @@ def test_protected_sequences_are_those_of_the_drop_in(
         llm.strength = STRENGTH
         for n_parallel in (1, 3):
             with closing(ParallelLlama(teacher, n_parallel=n_parallel, **protection)) as many:
-                assert (many.strength, many.guard) == (STRENGTH, guard)
+                assert many.settings == Settings(STRENGTH, guard)
                 for _ in range(2):  # the second time over what the first left
                     done = {each.index: (each.tokens, each.finish_reason) for each in many.generate(SHORT, sampling)}
                     assert done.keys() == expected.keys()

@@ -20,7 +20,6 @@ import pytest
 from adlocal.bundle import (
     ADAPTER,
     BASE_NAME,
-    DEFAULT_GUARD,
     HALVES,
     NAMES,
     PLUS_NAME,
@@ -32,9 +31,10 @@ from adlocal.bundle.verify import verify
 from adlocal.errors import AdlocalError, ConversionError, InputError, TraceError, VocabularyError
 from adlocal.llamacpp.model import open_vocabulary
 from adlocal.pair import ProxyPair
+from adlocal.settings import DEFAULT_GUARD
 from adlocal.traces import EncodedTrace, TraceEncoder, read_traces
 from adlocal_convert import convert as convert_module
-from adlocal_convert.bundle import candidate as trial_module
+from adlocal_convert.bundle import candidate as candidate_module
 from adlocal_convert.bundle.fidelity import Reference, delta_scale
 from adlocal_convert.convert import convert
 from adlocal_convert.direction import capabilities as capabilities_module
@@ -348,9 +348,9 @@ STAGES: dict[str, tuple[Any, str, int]] = {
     "quantize": (convert_module, HALVES, 0),
     "trace_losses": (gradient_module, HALVES, 1),
     "sweep": (convert_module, HALVES, 0),
-    "write_half": (trial_module, HALVES, 1),
+    "write_half": (candidate_module, HALVES, 1),
     "factorize": (convert_module, ADAPTER, 0),
-    "write_adapter": (trial_module, ADAPTER, 1),
+    "write_adapter": (candidate_module, ADAPTER, 1),
     "publish": (convert_module, ADAPTER, 0),
 }
 

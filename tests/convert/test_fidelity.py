@@ -32,6 +32,7 @@ from adlocal_convert.direction.gradient import Settings, compute_gradient
 from adlocal_convert.direction.mixture import Mixture
 from adlocal_convert.model.loss import directional_derivative
 from adlocal_convert.model.proxy import Proxy
+from support.loading import load_as
 
 N_VOCAB = 200
 Rows = npt.NDArray[Any]
@@ -233,9 +234,7 @@ def through_llama_cpp(
         plus, minus = directory / PLUS_NAME, directory / MINUS_NAME
         for path, step in ((plus, epsilon), (minus, -epsilon)):
             write_half(path, gguf.GGUFReader(proxy.path), carriers, step, [])
-        return ProxyPair.load(
-            plus, minus, dataclasses.replace(bundle, epsilon=epsilon), context_params(n_ctx=64, n_threads=1)
-        )
+        return load_as(dataclasses.replace(bundle, epsilon=epsilon), plus, minus, context_params(n_ctx=64, n_threads=1))
 
     return proxy, direction, pair
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import math
 import os
 import re
@@ -30,6 +29,7 @@ from adlocal.adjust import adjust, delta, expectation
 from adlocal.bundle import FORMAT_VERSION, MINUS_NAME, PLUS_NAME
 from adlocal.cli import main
 from adlocal.llamacpp import native
+from adlocal.llamacpp.record import stored_fields
 from adlocal.pair import context_params
 from support import tiny
 from support.spoiled import HALVES, Copy, drop, read_natively, rewrite, stored
@@ -292,7 +292,7 @@ def test_arguments_out_of_range_are_named(argument: str, value: float) -> None:
 
 # Bundles: one set of vectors for Bundle.open and adl_bundle_read
 
-KEYS = [field.metadata["key"] for field in dataclasses.fields(Bundle)]
+KEYS = [key for _, key, _ in stored_fields(Bundle)]
 TYPES = {"UINT32": 4, "INT32": 5, "BOOL": 7, "UINT64": 10, "INT64": 11, "FLOAT64": 12}  # of GGUF
 OTHER_TYPE = {"UINT32": "INT32", "INT32": "UINT32", "UINT64": "FLOAT64", "FLOAT64": "INT64"}  # of the same length
 
@@ -422,7 +422,7 @@ def test_a_key_that_differs_between_the_halves(key: str, copy_bundle: Copy) -> N
     assert_refused(directory)
 
 
-STORED_AS = {**{f.metadata["key"]: f.metadata["type"] for f in dataclasses.fields(Bundle)}, "adlocal.sign": "INT32"}
+STORED_AS = {**{key: gguf_type for _, key, gguf_type in stored_fields(Bundle)}, "adlocal.sign": "INT32"}
 
 
 @pytest.mark.parametrize("key", [key for key, stored_as in STORED_AS.items() if stored_as in OTHER_TYPE])

@@ -22,6 +22,7 @@ from adlocal.bundle import MINUS_NAME, PLUS_NAME, Bundle
 from adlocal.pair import context_params
 from support import tiny
 from support.faults import Faults
+from support.loading import load_as
 
 Rows = npt.NDArray[np.float32]
 
@@ -93,15 +94,13 @@ def test_logits_are_those_of_two_plain_models(pair: ProxyPair, halves: tuple[Row
 
 def test_delta_changes_sign_with_the_halves(tiny_bundle: Path, pair: ProxyPair) -> None:
     plus, minus = tiny_bundle / PLUS_NAME, tiny_bundle / MINUS_NAME
-    with ProxyPair.load(minus, plus, pair.bundle, context_params(n_threads=1)) as swapped:
+    with load_as(pair.bundle, minus, plus, context_params(n_threads=1)) as swapped:
         assert_delta(pair, swapped.delta(TEXT), -pair.delta(TEXT))
 
 
 def test_delta_is_inverse_to_epsilon(tiny_bundle: Path, pair: ProxyPair) -> None:
     bundle = dataclasses.replace(pair.bundle, epsilon=2 * pair.bundle.epsilon)
-    with ProxyPair.load(
-        tiny_bundle / PLUS_NAME, tiny_bundle / MINUS_NAME, bundle, context_params(n_threads=1)
-    ) as halved:
+    with load_as(bundle, *bundle.files, context_params(n_threads=1)) as halved:
         assert_delta(pair, 2 * halved.delta(TEXT), pair.delta(TEXT))
 
 
@@ -296,11 +295,11 @@ def test_a_context_longer_than_trained_for_is_refused(tiny_bundle: Path) -> None
 @pytest.mark.parametrize("n_parallel", [1, 3])
 def test_sequences_share_the_context_evenly(n_parallel: int, tiny_bundle: Path) -> None:
     """Each may have as many tokens as the proxy was trained for; llama.cpp rounds shares up, to 256 at a time."""
-    files = tiny_bundle / PLUS_NAME, tiny_bundle / MINUS_NAME, Bundle.open(tiny_bundle)
+    bundle = Bundle.open(tiny_bundle)
     params = context_params(n_parallel * 256, n_outputs=1, n_threads=1)
     params.n_seq_max = n_parallel
     with (
-        ProxyPair.load(*files, params) as pair,
+        ProxyPair.of(bundle, params) as pair,
         closing(LlamaBatch(n_tokens=1, embd=0, n_seq_max=1, verbose=False)) as batch,
     ):
         for seq_id in range(n_parallel):
@@ -312,7 +311,7 @@ def test_sequences_share_the_context_evenly(n_parallel: int, tiny_bundle: Path) 
         ModelError,
         match=f"n_ctx={params.n_ctx // n_parallel} exceeds the 256 tokens that the proxy was trained for; ask for",
     ):
-        ProxyPair.load(*files, params)
+        ProxyPair.of(bundle, params)
 
 
 @pytest.mark.parametrize("n", [0, 257])

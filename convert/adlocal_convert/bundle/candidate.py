@@ -1,4 +1,4 @@
-"""A bundle in the making, in either format: tried at any ε through llama.cpp, then written at the best."""
+"""A bundle in the making, in either format: run at any ε through llama.cpp, then written at the best."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import gguf
 import numpy as np
 
-from adlocal.bundle import ADAPTER, ADAPTER_NAME, BASE_NAME, HALVES, MINUS_NAME, PLUS_NAME, SIGNS, Bundle
+from adlocal.bundle import ADAPTER, HALVES, SIGNS, Bundle
 from adlocal.pair import ProxyPair
 
 from ..direction.lowrank import captured_energy
@@ -25,7 +25,7 @@ Types = Mapping[str, gguf.GGMLQuantizationType]
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """How llama.cpp runs a trial.
+    """How llama.cpp runs a candidate.
 
     Attributes:
         params: of both contexts.
@@ -35,8 +35,20 @@ class Backend:
     params: Any
     n_gpu_layers: int
 
+    def load(self, first: Path, second: Path, *, format: str, epsilon: float) -> ProxyPair:
+        """Two files as a pair that evaluates, and that nobody samples from: it needs no `delta_scale` yet."""
+        return ProxyPair.load(
+            first,
+            second,
+            format=format,
+            epsilon=epsilon,
+            delta_scale=1.0,
+            params=self.params,
+            n_gpu_layers=self.n_gpu_layers,
+        )
 
-class Trial(Protocol):
+
+class Candidate(Protocol):
     """What both formats offer. Close it when done."""
 
     format: str
@@ -50,14 +62,14 @@ class Trial(Protocol):
     def n_bytes(self) -> list[int]:
         """Size of each file, without metadata."""
 
-    def at(self, provisional: Bundle) -> Any:
-        """Context manager: the pair at the ε of `provisional`."""
+    def at(self, epsilon: float) -> Any:
+        """Context manager: the pair at this ε."""
 
     def sha256(self, epsilon: float) -> list[str]:
         """What `Bundle.carriers_sha256` holds."""
 
-    def write(self, directory: Path, bundle: Bundle) -> None:
-        """Writes both files."""
+    def write(self, bundle: Bundle) -> None:
+        """Writes both files where the bundle is to lie."""
 
     def close(self) -> None: ...
 
@@ -69,7 +81,7 @@ class Halves:
         proxy: the base.
         direction: ĝ.
         types: the carriers' types; all other tensors are the base's.
-        staging: where the files of the trial lie.
+        staging: where the files lie that are tried.
     """
 
     format = HALVES
@@ -80,7 +92,7 @@ class Halves:
         self._carriers: Sequence[Carrier] = load_carriers(proxy, direction, types)
         self.names = [carrier.name for carrier in self._carriers]
         self.energy = sum(direction.energy(name) for name in self.names)
-        self._paths = staging / "trial-plus.gguf", staging / "trial-minus.gguf"
+        self._paths = staging / "candidate-plus.gguf", staging / "candidate-minus.gguf"
         self._reader = proxy.reader
         for path in self._paths:
             write_half(path, self._reader, self._carriers, 0.0, [])
@@ -89,20 +101,19 @@ class Halves:
         return [path.stat().st_size for path in self._paths]
 
     @contextmanager
-    def at(self, provisional: Bundle) -> Iterator[ProxyPair]:
+    def at(self, epsilon: float) -> Iterator[ProxyPair]:
         for path, sign in zip(self._paths, SIGNS[HALVES], strict=True):
-            move_carriers(path, self._carriers, sign * provisional.epsilon)
-        plus, minus = self._paths
-        with ProxyPair.load(plus, minus, provisional, self._backend.params, self._backend.n_gpu_layers) as pair:
+            move_carriers(path, self._carriers, sign * epsilon)
+        with self._backend.load(*self._paths, format=HALVES, epsilon=epsilon) as pair:
             yield pair
 
     def sha256(self, epsilon: float) -> list[str]:
         return [carriers_sha256(self._carriers, sign * epsilon) for sign in SIGNS[HALVES]]
 
-    def write(self, directory: Path, bundle: Bundle) -> None:
-        for name, sign in zip((PLUS_NAME, MINUS_NAME), SIGNS[HALVES], strict=True):
+    def write(self, bundle: Bundle) -> None:
+        for path, sign in zip(bundle.files, SIGNS[HALVES], strict=True):
             step = sign * bundle.epsilon
-            write_half(directory / name, self._reader, self._carriers, step, bundle.metadata(sign))
+            write_half(path, self._reader, self._carriers, step, bundle.metadata(sign))
 
     def close(self) -> None:
         for path in self._paths:
@@ -116,7 +127,7 @@ class Adapter:
         proxy: the base.
         parts: ĝ, tensor by tensor, truncated.
         types: tensors that the base is to hold in a wider type than the proxy.
-        staging: where the files of the trial lie.
+        staging: where the files lie that are tried.
     """
 
     format = ADAPTER
@@ -131,7 +142,7 @@ class Adapter:
             for name, t in types.items()
             for weights in [proxy.weights.get(name)]
         ]
-        self._paths = staging / "trial-base.gguf", staging / "trial-adapter.gguf"
+        self._paths = staging / "candidate-base.gguf", staging / "candidate-adapter.gguf"
         self._reader = proxy.reader
         write_half(self._paths[0], self._reader, self._wide, 0.0, [])
         write_adapter(self._paths[1], proxy.architecture.name, parts, [], tied=proxy.is_tied)
@@ -141,22 +152,20 @@ class Adapter:
         return [path.stat().st_size for path in self._paths]
 
     @contextmanager
-    def at(self, provisional: Bundle) -> Iterator[ProxyPair]:
+    def at(self, epsilon: float) -> Iterator[ProxyPair]:
         if self._pair is None:
-            base, adapter = self._paths
-            params, layers = self._backend.params, self._backend.n_gpu_layers
-            self._pair = ProxyPair.load(base, adapter, provisional, params, layers)
-        self._pair.set_epsilon(provisional.epsilon)
+            self._pair = self._backend.load(*self._paths, format=ADAPTER, epsilon=epsilon)
+        self._pair.set_epsilon(epsilon)
         yield self._pair
 
     def sha256(self, epsilon: float) -> list[str]:
         return [adapter_sha256(self._parts)]
 
-    def write(self, directory: Path, bundle: Bundle) -> None:
-        sign_base, sign_adapter = SIGNS[ADAPTER]
-        write_half(directory / BASE_NAME, self._reader, self._wide, 0.0, bundle.metadata(sign_base))
-        path, metadata = directory / ADAPTER_NAME, bundle.metadata(sign_adapter)
-        write_adapter(path, self._proxy.architecture.name, self._parts, metadata, tied=self._proxy.is_tied)
+    def write(self, bundle: Bundle) -> None:
+        (base, adapter), (sign_base, sign_adapter) = bundle.files, SIGNS[ADAPTER]
+        write_half(base, self._reader, self._wide, 0.0, bundle.metadata(sign_base))
+        metadata = bundle.metadata(sign_adapter)
+        write_adapter(adapter, self._proxy.architecture.name, self._parts, metadata, tied=self._proxy.is_tied)
 
     def close(self) -> None:
         if self._pair is not None:

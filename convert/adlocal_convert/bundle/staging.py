@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -9,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adlocal.bundle import NAMES
-from adlocal.bundle.calibration import CALIBRATION_NAME
+from adlocal.bundle import CALIBRATION_NAME, NAMES, Bundle
 
 
 @contextmanager
@@ -24,14 +24,15 @@ def staging_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def publish(staging: Path, out: Path, kind: str) -> None:
+def publish(bundle: Bundle, out: Path) -> Bundle:
     """Moves both files into place. Should the second move fail, the ids differ and the runtime refuses the bundle.
 
     What another format or an older calibration left is removed first: it belongs to the bundle that is replaced.
     """
     out.mkdir(mode=0o700, exist_ok=True)
-    stale = [name for other, names in NAMES.items() if other != kind for name in names] + [CALIBRATION_NAME]
+    stale = [name for other, names in NAMES.items() if other != bundle.format for name in names] + [CALIBRATION_NAME]
     for name in stale:
         (out / name).unlink(missing_ok=True)
-    for name in NAMES[kind]:
-        os.replace(staging / name, out / name)
+    for path in bundle.files:
+        os.replace(path, out / path.name)
+    return dataclasses.replace(bundle, directory=out)

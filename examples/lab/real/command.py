@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adlocal import plotting
-from adlocal.bundle import Bundle
-from adlocal.bundle.calibration import resolve, teacher_identity
+from adlocal.bundle import Bundle, teacher_identity
 from adlocal.commands.arguments import add_protection, count, seed, temperature
 from adlocal.errors import AdlocalError, InputError
+from adlocal.settings import Settings, resolve
 
 if TYPE_CHECKING:
     from .lora import Student
@@ -65,14 +65,14 @@ def _run(args: argparse.Namespace) -> None:
     from .stages import read_problems
 
     # Whatever is wrong with what was given is to show before hours of work.
-    strength, guard = resolve(args.bundle, Bundle.open(args.bundle), args.model, args.strength, args.guard)
+    settings = resolve(Bundle.open(args.bundle), args.model, args.strength, args.guard)
     problems = read_problems("--prompts", args.prompts, args.n_traces)
     test = read_problems("--test", args.test, args.n_test)
     _check_disjoint(args, problems, test)
     lora.quiet()
     torch.set_num_threads(args.threads)
     student = lora.Student(args.student, args.device)
-    plan = _plan(args, student, problems, test, (strength, guard))
+    plan = _plan(args, student, problems, test, settings)
     root = args.out / "stages"
     try:
         plan.execute(root)
@@ -81,9 +81,9 @@ def _run(args: argparse.Namespace) -> None:
             f"the device's memory does not do ({lora.one_line(error)}); give a smaller --batch-size or --student"
         ) from None
     taught = plan.taught(root)
-    settings = {**_settings(args, strength, guard), **student.description, **_versions()}
-    settings["generated_by"] = taught[-1].rows[0]["generated_by"]
-    found = real_report.results(taught, plan.graded(root), settings)
+    made_with = {**_made_with(args, settings), **student.description, **_versions()}
+    made_with["generated_by"] = taught[-1].rows[0]["generated_by"]
+    found = real_report.results(taught, plan.graded(root), made_with)
     text = real_report.write(found, taught, args.out)
     print(json.dumps(found) if args.json else text)
     print(f"wrote {args.out / 'report.md'}, its pictures and results.jsonl", file=sys.stderr)
@@ -109,7 +109,7 @@ def _plan(
     student: Student,
     problems: tuple[Problem, ...],
     test: tuple[Problem, ...],
-    protection: tuple[float, float],
+    settings: Settings,
 ) -> Plan:
     from .lora import Tuning
     from .stages import Dose, Grade, Plan, Runtime, Teaching, Tuned
@@ -126,7 +126,7 @@ def _plan(
         rows=problems,
         runtime=runtime,
     )
-    protected = dataclasses.replace(clean, bundle=bundle, strength=protection[0], guard=protection[1])
+    protected = dataclasses.replace(clean, bundle=bundle, **dataclasses.asdict(settings))
     teachings = {"clean": clean, "protected": protected}
     tuning = Tuning(args.epochs, args.batch_size, args.lr, args.lora_rank, args.ctx_size, args.seed)
     tuned = {
@@ -145,12 +145,12 @@ def _hash(problems: Sequence[Problem]) -> str:
     return hashlib.sha256("\n".join(problem.row for problem in problems).encode()).hexdigest()[:16]
 
 
-def _settings(args: argparse.Namespace, strength: float, guard: float) -> dict[str, Any]:
+def _made_with(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     given = {
         name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "json"
     }
     identities = {"teacher_id": teacher_identity(args.model)[:16], "bundle_id": Bundle.open(args.bundle).id}
-    return {**given, "strength": strength, "guard": guard, **identities}
+    return {**given, **dataclasses.asdict(settings), **identities}
 
 
 def _versions() -> dict[str, str]:

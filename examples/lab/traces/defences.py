@@ -15,9 +15,10 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from adlocal import ProxyPair
+from adlocal import Bundle, ProxyPair
 from adlocal.engine.parallel import ParallelLlama
 from adlocal.engine.sequences import Sampling
+from adlocal.settings import Settings
 
 from ..models.pretrained import N_CTX
 
@@ -80,7 +81,7 @@ class Defended(ParallelLlama):
     ) -> None:
         how: dict[str, Any] = {"n_ctx": N_CTX, "n_parallel": PARALLEL, "n_threads": 1, "flash_attn": True}
         super().__init__(teacher, **how, bundle=bundle, best_of=best_of, answer=answer)
-        self._others = [self._open_pair(other, self._params, 0) for other in others]
+        self._others = [self._open_pair(Bundle.open(other), self._params, 0) for other in others]
         self._contexts += [context for pair in self._others for context in pair.contexts]
         self.set(Setting())
 
@@ -96,7 +97,7 @@ class Defended(ParallelLlama):
         for pair in self._others:
             pair.clear()
         # A strength above 0 has the proxies evaluated.
-        self.strength, self.guard = setting.strength if self.pair else 0.0, setting.guard
+        self.settings = Settings(setting.strength if self.pair else 0.0, setting.guard)
         return Sampling(setting.temperature, top_k=0, top_p=1.0, min_p=0.0)
 
     def _evaluate(self, n_sequences: int, n_rows: int) -> None:
