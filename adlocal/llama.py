@@ -19,6 +19,7 @@ from .engine.lockstep import LockstepContext
 from .errors import InputError, ModelError
 from .llamacpp.gguf import GGUFHeader
 from .llamacpp.model import refusals
+from .llamacpp.safe_llama import SafeLlama, Scope
 from .pair import ProxyPair
 from .pair.state import PairState
 from .settings import Settings, resolve
@@ -45,10 +46,11 @@ class ProtectedState(LlamaState):
         self.evaluated_with = evaluated_with
 
 
-class AntidistillationLlama(llama_cpp.Llama):
+class AntidistillationLlama(SafeLlama):
     """`llama_cpp.Llama` whose logits carry the antidistillation term from the moment they are evaluated.
 
     Every completion call takes `strength` and `guard` for that call. After it, `last_dose` tells what protection did.
+    Threads may share it, as `SafeLlama` says.
 
     Example:
         >>> llm = AntidistillationLlama("teacher.gguf", bundle="bundle/", strength=4.0, n_ctx=2048)
@@ -142,7 +144,8 @@ class AntidistillationLlama(llama_cpp.Llama):
 
     @strength.setter
     def strength(self, value: float) -> None:
-        self._lockstep.settings = self._lockstep.settings.but(strength=value)
+        with self._locked():
+            self._lockstep.settings = self._lockstep.settings.but(strength=value)
 
     @property
     def guard(self) -> float:
@@ -151,13 +154,14 @@ class AntidistillationLlama(llama_cpp.Llama):
 
     @guard.setter
     def guard(self, value: float) -> None:
-        self._lockstep.settings = self._lockstep.settings.but(guard=value)
+        with self._locked():
+            self._lockstep.settings = self._lockstep.settings.but(guard=value)
 
     def create_completion(
         self, *args: Any, strength: float | None = None, guard: float | None = None, **kwargs: Any
     ) -> Any:
         """`llama_cpp.Llama.create_completion` with a `strength` and `guard` for this call."""
-        return self._with(self._lockstep.settings.but(strength, guard), super().create_completion, *args, **kwargs)
+        return self._within(self._protected(strength, guard), super().create_completion, *args, **kwargs)
 
     def __call__(self, *args: Any, strength: float | None = None, guard: float | None = None, **kwargs: Any) -> Any:
         """As `create_completion`."""
@@ -167,7 +171,7 @@ class AntidistillationLlama(llama_cpp.Llama):
         self, *args: Any, strength: float | None = None, guard: float | None = None, **kwargs: Any
     ) -> Any:
         """`llama_cpp.Llama.create_chat_completion` with a `strength` and `guard` for this call."""
-        return self._with(self._lockstep.settings.but(strength, guard), super().create_chat_completion, *args, **kwargs)
+        return self._within(self._protected(strength, guard), super().create_chat_completion, *args, **kwargs)
 
     def generate(
         self,
@@ -178,7 +182,7 @@ class AntidistillationLlama(llama_cpp.Llama):
         **kwargs: Any,
     ) -> Generator[int, Sequence[int] | None, None]:
         """`llama_cpp.Llama.generate` with a `strength` and `guard` for this call."""
-        return self._stepwise(self._lockstep.settings.but(strength, guard), self._generate(tokens, *args, **kwargs))
+        return self._stepwise(self._protected(strength, guard), self._generate(tokens, *args, **kwargs))
 
     def _generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         settings = self._lockstep.settings
@@ -187,7 +191,7 @@ class AntidistillationLlama(llama_cpp.Llama):
             self._forget_rows(keep_context=not kwargs.get("reset", True))
         elif not self._lockstep.has_rows():  # after a failure: the prompt may be cached, but nothing to sample from
             self._requires_eval = True
-        yield from super().generate(tokens, *args, **kwargs)
+        yield from self._in_turn(tokens, *args, **kwargs)
 
     def _forget_rows(self, keep_context: bool) -> None:
         """Rows adjusted with other settings must be neither sampled nor reported."""
@@ -203,41 +207,52 @@ class AntidistillationLlama(llama_cpp.Llama):
 
     def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
         """Samples from the adjusted logits, and counts the token's dose."""
-        row = self._lockstep.row(self.n_tokens - 1 if idx is None else idx)
-        kwargs["idx"] = idx
-        token = int(super().sample(*args, **kwargs))
-        self.last_dose.add(row, self._lockstep.dose(row, token))
-        return token
+        with self._locked():
+            if self._lockstep.lacks_its_row():
+                self._refresh()
+            row = self._lockstep.row(self.n_tokens - 1 if idx is None else idx)
+            token = super().sample(*args, idx=idx, **kwargs)
+            self.last_dose.add(row, self._lockstep.dose(row, token))
+            return token
+
+    def _refresh(self) -> None:
+        """Evaluates the last token again for its row; all of them where memory cannot forget one."""
+        tokens = self._input_ids.tolist()
+        if self._lockstep.kv_cache_seq_rm(-1, len(tokens) - 1, -1):
+            self.n_tokens -= 1
+            self.eval(tokens[-1:])
+        else:
+            self._replay(tokens)
 
     def reset(self) -> None:
         """Forgets all tokens, in teacher and pair."""
-        super().reset()  # type: ignore[no-untyped-call]
-        self._lockstep.kv_cache_clear()
+        with self._locked():
+            super().reset()
+            self._lockstep.kv_cache_clear()
 
     def save_state(self) -> ProtectedState:
         """Copy of the teacher's and the pair's state, for `load_state`."""
-        return ProtectedState(super().save_state(), self._lockstep.pair_state(), self._lockstep.evaluated_with)
+        with self._locked():
+            return ProtectedState(super().save_state(), self._lockstep.pair_state(), self._lockstep.evaluated_with)
 
     def load_state(self, state: LlamaState) -> None:
         """Restores a saved state. Rows of scores that were adjusted otherwise, or never, are evaluated again."""
         tokens = state.input_ids[: state.n_tokens].tolist()
-        if self._logits_all and not self._fits(state):
-            self._replay(tokens)
-            self._seed = state.seed
-            return
-        super().load_state(state)
-        self._lockstep.restored(tokens)
-        if isinstance(state, ProtectedState):
-            self.pair.load_state(state.pair)
-
-    def close(self) -> None:
-        """Frees teacher and pair."""
-        if hasattr(self, "_stack"):
-            super().close()
+        with self._locked():
+            if self._logits_all and not self._fits(state):
+                self._replay(tokens)
+                self._seed = state.seed
+                return
+            super().load_state(state)
+            protected = state if isinstance(state, ProtectedState) else None
+            self._lockstep.restored(tokens, protected.evaluated_with if protected else None)
+            if protected:
+                self.pair.load_state(protected.pair)
 
     def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, **asdict(self._proxies), "strength": self.strength, "guard": self.guard}
+        with self._locked():
+            state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+            return {**state, **asdict(self._proxies), "strength": self.strength, "guard": self.guard}
 
     def _fits(self, state: LlamaState) -> bool:
         """Whether a state's rows of scores are those that the present settings and bundle give."""
@@ -247,34 +262,21 @@ class AntidistillationLlama(llama_cpp.Llama):
             and state.pair.bundle_id == self.pair.bundle.id
         )
 
-    @contextmanager
-    def _scope(self, settings: Settings) -> Iterator[None]:
-        before, self._lockstep.settings = self._lockstep.settings, settings
-        try:
-            yield
-        finally:
-            self._lockstep.settings = before
+    def _protected(self, strength: float | None, guard: float | None) -> Scope:
+        """A scope in which rows are adjusted with these settings, or with those in force where one is None."""
+        with self._locked():  # another thread's call has its own in force
+            settings = self._lockstep.settings.but(strength, guard)
 
-    def _with(self, settings: Settings, call: Any, *args: Any, **kwargs: Any) -> Any:
-        """Calls under `settings`; what streams goes on under them, also when other calls come between its chunks."""
-        with self._scope(settings):
-            result = call(*args, **kwargs)
-        return result if isinstance(result, dict) else self._stepwise(settings, result)
+        @contextmanager
+        def scope() -> Iterator[None]:
+            with self._locked():
+                before, self._lockstep.settings = self._lockstep.settings, settings
+                try:
+                    yield
+                finally:
+                    self._lockstep.settings = before
 
-    def _stepwise(self, settings: Settings, inner: Any) -> Generator[Any, Any, None]:
-        """Runs each step of a generator under `settings`, passing on what is sent to it."""
-        sent = None
-        try:
-            while True:
-                with self._scope(settings):
-                    try:
-                        item = next(inner) if sent is None else inner.send(sent)
-                    except StopIteration:
-                        return
-                sent = yield item
-        finally:
-            if hasattr(inner, "close"):
-                inner.close()
+        return scope
 
 
 def _refuse_unprotectable(kwargs: dict[str, Any]) -> None:

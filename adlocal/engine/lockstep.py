@@ -46,6 +46,7 @@ class LockstepContext:
         self.evaluated_with = self.in_force
         self.tokens: list[int] = []
         self.rows: list[AdjustedRow] = []
+        self._is_restored = False
 
     def __getattr__(self, name: str) -> Any:
         if name not in self._DELEGATED:
@@ -69,7 +70,7 @@ class LockstepContext:
         Raises:
             ProxyError: a proxy failed.
         """
-        self.rows = []
+        self.rows, self._is_restored = [], False
         start, tokens = self._sequence(batch)
         protect = self.settings.protects
         if protect:
@@ -128,15 +129,26 @@ class LockstepContext:
         """Empties the teacher's memory and the pair's."""
         self._teacher.kv_cache_clear()
         self._pair.clear()
-        self.tokens, self.rows, self._in_step = [], [], self._pair.serial
+        self.tokens, self.rows, self._in_step, self._is_restored = [], [], self._pair.serial, False
 
     def pair_state(self) -> PairState:
         """The pair's memory as it is. It may lag behind the teacher's; the next decode brings it up."""
         return self._pair.save_state()
 
-    def restored(self, tokens: list[int]) -> None:
-        """Says that the teacher's memory was replaced and now holds `tokens`; no row may be sampled until a decode."""
+    def restored(self, tokens: list[int], evaluated_with: tuple[Settings, float] | None) -> None:
+        """Says that the teacher's memory was replaced and now holds `tokens`; no row may be sampled until a decode.
+
+        Args:
+            tokens: what it holds.
+            evaluated_with: how the rows were adjusted that belonged to it; None where they never were.
+        """
         self.tokens, self.rows, self._in_step = list(tokens), [], -1
+        self._is_restored = bool(tokens) and evaluated_with is not None
+        self.evaluated_with = evaluated_with or self.evaluated_with
+
+    def lacks_its_row(self) -> bool:
+        """Whether a state was restored whose last row is the one to sample from, but states hold no rows."""
+        return self._is_restored and self.evaluated_with == self.in_force
 
     def _sequence(self, batch: LlamaBatch) -> tuple[int, list[int]]:
         """First position and ids of a batch that continues sequence 0."""
