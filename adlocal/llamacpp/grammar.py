@@ -39,18 +39,37 @@ def grammar_of(response_format: Any) -> LlamaGrammar | None:
                 f'response_format={response_format!r}: a json_schema needs its schema; give {{"type": "json_schema", '
                 '"json_schema": {"schema": ...}}'
             )
-        return _from_schema(schema)
-    return _from_schema(response_format["schema"]) if "schema" in response_format else None
+        return _from_schema(schema, "response_format")
+    return _from_schema(response_format["schema"], "response_format") if "schema" in response_format else None
 
 
-def _from_schema(schema: Any) -> LlamaGrammar:
+def check_tool(tools: Any, tool_choice: Any) -> None:
+    """Tries the schema of a tool that has to be called, where llama-cpp-python falls back on any JSON.
+
+    Args:
+        tools: OpenAI's list of tools, or of functions.
+        tool_choice: {"type": "function", "function": {"name": NAME}}, or {"name": NAME}; anything else forces no call.
+
+    Raises:
+        InputError: llama.cpp has no grammar for its parameters.
+    """
+    if not isinstance(tool_choice, dict):
+        return
+    name = (tool_choice.get("function") or tool_choice).get("name")
+    functions = [tool.get("function", tool) for tool in tools or ()]
+    for function in functions:
+        if function.get("name") == name:
+            _from_schema(function.get("parameters"), f"tool {name}")
+
+
+def _from_schema(schema: Any, of: str) -> LlamaGrammar:
     if not isinstance(schema, dict):
-        raise InputError(f"the schema {str(schema)[:80]!r} of response_format is no JSON schema; give an object")
+        raise InputError(f"the schema {str(schema)[:80]!r} of {of} is no JSON schema; give an object")
     try:
         return LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
     except Exception as error:  # the translator raises whatever it stumbles over
         raise InputError(
-            f"the schema of response_format cannot be made a grammar ({type(error).__name__}: {error}); simplify it"
+            f"the schema of {of} cannot be made a grammar ({type(error).__name__}: {error}); simplify it"
         ) from None
 
 

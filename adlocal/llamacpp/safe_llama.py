@@ -15,7 +15,7 @@ import llama_cpp
 from llama_cpp.llama import LlamaState
 
 from ..errors import InputError
-from .grammar import check_grammar, grammar_of
+from .grammar import check_grammar, check_tool, grammar_of
 from .processors import Processors
 
 _RANDOM_SEEDS = (-1, llama_cpp.LLAMA_DEFAULT_SEED)
@@ -27,7 +27,7 @@ class SafeLlama(llama_cpp.Llama):
 
     - Calls from several threads wait for each other. A stream that is resumed after another call began on the same
       model raises InputError: its context is gone.
-    - A `response_format` with a JSON schema, OpenAI's envelope too, is obeyed or refused.
+    - A `response_format` with a JSON schema, OpenAI's envelope too, is obeyed or refused; so is that of a forced tool.
     - A grammar that llama.cpp cannot parse is refused.
     - What a logits processor raises reaches the caller, and the token is not emitted.
     - A seed of -1 is a new random one, for every call and for every model that is given it.
@@ -60,6 +60,8 @@ class SafeLlama(llama_cpp.Llama):
 
     def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
         """`llama_cpp.Llama.create_chat_completion`. A schema in `response_format` is obeyed or refused."""
+        check_tool(kwargs.get("tools"), kwargs.get("tool_choice"))
+        check_tool(kwargs.get("functions"), kwargs.get("function_call"))
         grammar = grammar_of(kwargs.get("response_format"))
         if grammar is not None:
             if kwargs.get("grammar") is not None:

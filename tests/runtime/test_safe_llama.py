@@ -169,6 +169,18 @@ def test_a_grammar_that_cannot_be_parsed_is_refused(grammar: str, llm: Antidisti
     assert text(llm) == expected
 
 
+@pytest.mark.parametrize("parameters", [{"type": "nonsense"}, UNPARSABLE])
+def test_a_forced_tool_whose_schema_cannot_be_obeyed_is_refused(parameters: Any, llm: AntidistillationLlama) -> None:
+    """Any JSON would do for llama-cpp-python."""
+    function = {"name": "f", "parameters": parameters}
+    for asked in (
+        {"tools": [{"type": "function", "function": function}], "tool_choice": {"function": {"name": "f"}}},
+        {"functions": [function], "function_call": {"name": "f"}},
+    ):
+        with pytest.raises(InputError, match="grammar"):
+            chat(llm, **asked)
+
+
 def test_what_is_no_grammar_is_refused(llm: AntidistillationLlama) -> None:
     with pytest.raises(InputError, match="give a LlamaGrammar"):
         text(llm, grammar='root ::= "a"')
