@@ -3,6 +3,8 @@
 from .bundle import Bundle
 from .bundle.calibration import Calibration
 from .dose import Dose
+from .engine.parallel import ParallelLlama
+from .engine.sequences import Completion, Request, Sampling
 from .errors import (
     AdlocalError,
     BundleError,
@@ -25,13 +27,17 @@ __all__ = [
     "Bundle",
     "BundleError",
     "Calibration",
+    "Completion",
     "ConversionError",
     "Dose",
     "InputError",
     "ModelError",
     "NativeError",
+    "ParallelLlama",
     "ProxyError",
     "ProxyPair",
+    "Request",
+    "Sampling",
     "TraceError",
     "VocabularyError",
     "__version__",

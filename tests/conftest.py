@@ -8,6 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before a library is loaded that reads
     os.environ.setdefault("OMP_THREAD_LIMIT", "1")
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from adlocal_convert.options import Options
 from support import tiny
 from support.adapters import Pairs
 from support.faults import Faults
-from support.paths import GSM8K, ROOT
+from support.paths import REAL_TRACES, ROOT
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -96,14 +97,14 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_bundle(smollm2: Path, pytestconfig: pytest.Config) -> Path:
-    """A bundle of SmolLM2 from the first 96 solutions of GSM8K, or from generated problems where they are absent.
+    """A bundle of SmolLM2 from the first 96 rows of ADLOCAL_TEST_TRACES, or from generated problems.
 
     Converting takes minutes: it is kept between runs for as long as no source of the converter changes.
     """
     cache = pytestconfig.cache
     assert cache is not None
-    rows = GSM8K.read_text(encoding="utf-8").splitlines()[:96] if GSM8K.exists() else map(json.dumps, word_problems(96))
-    text = "\n".join(rows) + "\n"
+    rows = REAL_TRACES.read_text(encoding="utf-8").splitlines() if REAL_TRACES else map(json.dumps, word_problems(96))
+    text = "\n".join(itertools.islice(rows, 96)) + "\n"
     sources = sorted([*(ROOT / "adlocal").rglob("*.py"), *(ROOT / "convert" / "adlocal_convert").rglob("*.py")])
     key = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + text.encode()).hexdigest()[:16]
     directory = cache.mkdir("smollm2") / key

@@ -112,18 +112,18 @@ class Bundle(GGUFRecord):
             BundleError: a file is missing or unreadable, or the two do not fit together.
         """
         place = Path(directory)
-        kind = format_of(place)
-        first, second = _headers(place, kind)
+        format = format_of(place)
+        first, second = _headers(place, format)
         _check_version(first)
         _check_version(second)
-        _check_signs(first, second, kind)
+        _check_signs(first, second, format)
         bundle, other = (cls(directory=place, **_stored(header)) for header in (first, second))
-        _check_agreement(bundle, other, kind)
-        if kind == ADAPTER:
+        _check_agreement(bundle, other, format)
+        if format == ADAPTER:
             _check_alpha(second)
         elif _table(first) != _table(second):
             raise BundleError(f"{directory}: the halves hold different tensors; convert again")
-        bundle._check_values(kind)
+        bundle._check_values(format)
         return bundle
 
     @property
@@ -141,11 +141,11 @@ class Bundle(GGUFRecord):
         """The file that holds the proxy's vocabulary, chat template and context length."""
         return self.files[0]
 
-    def _check_values(self, kind: str) -> None:
+    def _check_values(self, format: str) -> None:
         directory = self.directory
-        if self.format != kind:
-            names = " and ".join(NAMES[kind])
-            raise BundleError(f"{directory}: {names} say format {self.format!r}, expected {kind!r}; convert again")
+        if self.format != format:
+            names = " and ".join(NAMES[format])
+            raise BundleError(f"{directory}: {names} say format {self.format!r}, expected {format!r}; convert again")
         for name in ("epsilon", "delta_scale", "gradient_norm"):
             value = getattr(self, name)
             if not (np.isfinite(value) and value > 0):
@@ -185,15 +185,17 @@ def format_of(directory: Path) -> str:
     """
     if not directory.is_dir():
         raise BundleError(f"{directory}: no such bundle directory; `adlocal convert PROXY.gguf --out DIR` makes one")
-    found = [next((name for name in NAMES[kind] if (directory / name).exists()), None) for kind in (HALVES, ADAPTER)]
+    found = [
+        next((name for name in NAMES[format] if (directory / name).exists()), None) for format in (HALVES, ADAPTER)
+    ]
     if all(found):
         raise BundleError(f"{directory}: {found[0]} and {found[1]} are of two formats; remove one of the bundles")
     return ADAPTER if found[1] else HALVES
 
 
-def _headers(directory: Path, kind: str) -> tuple[GGUFHeader, GGUFHeader]:
+def _headers(directory: Path, format: str) -> tuple[GGUFHeader, GGUFHeader]:
     try:
-        first, second = (GGUFHeader(directory / name) for name in NAMES[kind])
+        first, second = (GGUFHeader(directory / name) for name in NAMES[format])
     except ModelError as error:
         raise BundleError(f"bundle file unusable: {error}") from None
     return first, second
@@ -218,17 +220,17 @@ def _typed(header: GGUFHeader, key: str, expected: str) -> Any:
         raise BundleError(f"{problem}; convert again") from None
 
 
-def _check_agreement(bundle: Bundle, other: Bundle, kind: str) -> None:
+def _check_agreement(bundle: Bundle, other: Bundle, format: str) -> None:
     """Both files must say the same."""
     if bundle.id != other.id:
-        first, second = NAMES[kind]
+        first, second = NAMES[format]
         raise BundleError(
             f"{bundle.directory}: {first} is of bundle {bundle.id[:12]} and {second} of {other.id[:12]}; take both "
             "from one conversion"
         )
     for name, stored_as, _ in stored_fields(bundle):
         if getattr(bundle, name) != getattr(other, name):
-            raise BundleError(f"{bundle.directory}: {_BOTH[kind]} disagree on {stored_as}; convert again")
+            raise BundleError(f"{bundle.directory}: {_BOTH[format]} disagree on {stored_as}; convert again")
 
 
 def _check_version(half: GGUFHeader) -> None:
@@ -249,10 +251,12 @@ def _check_alpha(adapter: GGUFHeader) -> None:
         raise BundleError(f"{adapter.path}: {_ALPHA} is {alpha}, expected 0; convert again")
 
 
-def _check_signs(first: GGUFHeader, second: GGUFHeader, kind: str) -> None:
+def _check_signs(first: GGUFHeader, second: GGUFHeader, format: str) -> None:
     signs, directory = tuple(_typed(file, PREFIX + "sign", I32) for file in (first, second)), first.path.parent
-    if signs == SIGNS[kind][::-1]:
-        names = " and ".join(NAMES[kind])
-        raise BundleError(f"{directory}: {_BOTH[kind]} are swapped; exchange the names {names}")
-    if signs != SIGNS[kind]:
-        raise BundleError(f"{directory}: the signs of {_BOTH[kind]} are {signs}, expected {SIGNS[kind]}; convert again")
+    if signs == SIGNS[format][::-1]:
+        names = " and ".join(NAMES[format])
+        raise BundleError(f"{directory}: {_BOTH[format]} are swapped; exchange the names {names}")
+    if signs != SIGNS[format]:
+        raise BundleError(
+            f"{directory}: the signs of {_BOTH[format]} are {signs}, expected {SIGNS[format]}; convert again"
+        )

@@ -142,27 +142,27 @@ def _text(raw: bytes) -> str:
 
 
 def _type(context: int, i: int) -> str:
-    kind = _get_kv_type(context, i)
-    return f"ARRAY of {_TYPES[_get_arr_type(context, i)]}" if kind == _ARRAY else _TYPES[kind]
+    gguf_type = _get_kv_type(context, i)
+    return f"ARRAY of {_TYPES[_get_arr_type(context, i)]}" if gguf_type == _ARRAY else _TYPES[gguf_type]
 
 
 def _value(context: int, i: int) -> Any:
-    kind = _get_kv_type(context, i)
-    if kind == _STRING:
+    gguf_type = _get_kv_type(context, i)
+    if gguf_type == _STRING:
         return _text(_function("gguf_get_val_str", _str, _p, _i64)(context, i))
-    if kind == _ARRAY:
+    if gguf_type == _ARRAY:
         return _array(context, i)
-    suffix, c_type = _SCALARS[kind]
+    suffix, c_type = _SCALARS[gguf_type]
     return _function(f"gguf_get_val_{suffix}", c_type, _p, _i64)(context, i)
 
 
 def _array(context: int, i: int) -> list[Any]:
-    n, kind = _get_arr_n(context, i), _get_arr_type(context, i)
-    if kind == _STRING:
+    n, gguf_type = _get_arr_n(context, i), _get_arr_type(context, i)
+    if gguf_type == _STRING:
         return [_text(_get_arr_str(context, i, j)) for j in range(n)]
-    if kind not in _SCALARS or n == 0:
+    if gguf_type not in _SCALARS or n == 0:
         return []
-    data = ctypes.cast(_get_arr_data(context, i), ctypes.POINTER(_SCALARS[kind][1]))
+    data = ctypes.cast(_get_arr_data(context, i), ctypes.POINTER(_SCALARS[gguf_type][1]))
     return list(data[:n])
 
 
@@ -189,8 +189,8 @@ def write_metadata(path: str | os.PathLike[str], values: Iterable[tuple[str, Any
     """
     context = _init_empty()
     try:
-        for key, value, kind in values:
-            _set(context, key.encode(), value, _TYPES.index(kind))
+        for key, value, gguf_type in values:
+            _set(context, key.encode(), value, _TYPES.index(gguf_type))
         with captured_log() as log:
             written = _write_to_file(context, os.fsencode(path), True)
     finally:
@@ -199,13 +199,13 @@ def write_metadata(path: str | os.PathLike[str], values: Iterable[tuple[str, Any
         raise OSError(f"{path}: cannot be written ({last_line(log)})")
 
 
-def _set(context: int, key: bytes, value: Any, kind: int) -> None:
-    if isinstance(value, list) and kind == _STRING:
+def _set(context: int, key: bytes, value: Any, gguf_type: int) -> None:
+    if isinstance(value, list) and gguf_type == _STRING:
         _set_arr_str(context, key, (_str * len(value))(*[text.encode() for text in value]), len(value))
     elif isinstance(value, list):
-        _set_arr_data(context, key, kind, (_SCALARS[kind][1] * len(value))(*value), len(value))
-    elif kind == _STRING:
+        _set_arr_data(context, key, gguf_type, (_SCALARS[gguf_type][1] * len(value))(*value), len(value))
+    elif gguf_type == _STRING:
         _set_val_str(context, key, value.encode())
     else:
-        suffix, c_type = _SCALARS[kind]
+        suffix, c_type = _SCALARS[gguf_type]
         _function(f"gguf_set_val_{suffix}", None, _p, _str, c_type)(context, key, value)
