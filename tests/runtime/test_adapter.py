@@ -35,7 +35,8 @@ from adlocal.cli import main
 from adlocal.llamacpp import native
 from adlocal.llamacpp.gguf import GGUFHeader
 from adlocal.pair import context_params
-from adlocal_convert.bundle.adapter import LowRank, adapter_sha256, write_adapter
+from adlocal_convert.bundle.adapter import adapter_sha256, write_adapter
+from adlocal_convert.direction.lowrank import LowRank
 from adlocal_convert.source.quantize import quantize
 from support import tiny
 from support.adapters import EPSILON, RANK, Pairs

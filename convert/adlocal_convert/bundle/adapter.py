@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +15,11 @@ import numpy as np
 
 from adlocal.errors import ConversionError
 
+from ..direction.lowrank import LowRank
 from ..gguf_copy import Writer
 from ..model.weights import Array
 
 _TABLE = "token_embd.weight"
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """The direction of one linear tensor as a product, b @ a, in the file's order.
-
-    Attributes:
-        name: GGUF tensor name.
-        a: (rank, n_in) float32.
-        b: (n_out, rank) float32.
-    """
-
-    name: str
-    a: Array
-    b: Array
-
-    @property
-    def rank(self) -> int:
-        """Inner dimension of the product."""
-        return int(self.a.shape[0])
-
-    def check(self) -> None:
-        """Raises ConversionError unless the factors are finite, belong together, and are no larger than the matrix."""
-        shapes = f"factors of shape {self.b.shape} and {self.a.shape}"
-        if self.a.ndim != 2 or self.b.ndim != 2 or self.b.shape[1] != self.rank:
-            raise ConversionError(f"tensor {self.name}: {shapes}, expected (n_out, rank) and (rank, n_in)")
-        if not 1 <= self.rank <= min(self.b.shape[0], self.a.shape[1]):
-            raise ConversionError(f"tensor {self.name}: {shapes}; give a rank from 1 to the matrix's smaller side")
-        if not (np.all(np.isfinite(self.a)) and np.all(np.isfinite(self.b))):
-            raise ConversionError(f"tensor {self.name}: its direction holds NaN or infinite values")
 
 
 def write_adapter(
