@@ -20,7 +20,7 @@ from adlocal_convert.model.proxy import Proxy
 from adlocal_convert.options import Options
 from adlocal_convert.source.export import export_directory
 from bench import fidelity_table
-from support import families, tiny
+from support import families
 
 # Both sides compute in float32: 3e-6 standard deviations of the logits was measured, and 4e-7 of the gradient's norm.
 CLOSE_LOGITS, CLOSE_GRADIENT = 1e-4, 5e-6
@@ -30,12 +30,6 @@ MAPPED = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its vocabulary is that of bytes."""
-    return tiny.write_gguf(tiny.tiny_model(), tmp_path_factory.mktemp("teacher") / "teacher.gguf", tiny.CHAT_TEMPLATE)
 
 
 def traces() -> list[EncodedTrace]:
