@@ -15,11 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from adlocal.bundle import NAMES
+from adlocal.bundle.choices import QUALITIES
 from adlocal_convert.demo.smollm2 import demo_model
 from adlocal_convert.demo.word_problems import word_problems
-
-QUALITIES = ("small", "balanced", "exact")
-FORMATS = ("halves", "adapter")
 
 
 def main() -> int:
@@ -32,7 +31,7 @@ def main() -> int:
         directory = Path(name)
         traces = args.traces or write_traces(directory / "traces.jsonl")
         print("format   quality    median  p10     slope  MB of both files  of the base  seconds  peak MB")
-        for kind in FORMATS:
+        for kind in NAMES:
             for quality in QUALITIES:
                 print(row(args.model, traces, directory, kind, quality), flush=True)
     return 0

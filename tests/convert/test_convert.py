@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import resource
 import tempfile
@@ -46,6 +45,7 @@ from adlocal_convert.model.proxy import Proxy
 from adlocal_convert.options import Options
 from adlocal_convert.source.quantize import quantize
 from support import tiny
+from support.json_lines import read_lines, write_lines
 
 Report = list[str]
 WriteTraces = Callable[[list[dict[str, Any]]], Path]
@@ -75,20 +75,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def code_traces(tmp_path: Path) -> Path:
     """Traces of another kind."""
-    path = tmp_path / "code.jsonl"
     rows = [{"prompt": f"def f{i}(x):", "completion": f" return x + {i}"} for i in range(6)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_lines(tmp_path / "code.jsonl", *rows)
 
 
 @pytest.fixture
 def write_traces(tmp_path: Path) -> WriteTraces:
-    def write(rows: list[dict[str, Any]]) -> Path:
-        path = tmp_path / "own.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
-
-    return write
+    return lambda rows: write_lines(tmp_path / "own.jsonl", *rows)
 
 
 def run(options: Options) -> tuple[Bundle, Report]:
@@ -248,7 +241,7 @@ def test_messages_and_prompt_and_completion_give_the_same_bundle(options: Option
 
 def test_raw_leaves_the_chat_template_out(options: Options) -> None:
     bundle, _ = run(dataclasses.replace(options, raw=True))
-    rows = [json.loads(line) for line in options.traces["traces"].read_text().splitlines()]
+    rows = read_lines(options.traces["traces"])
     assert bundle.gradient_tokens == sum(len(row["completion"]) for row in rows[:-2])  # a byte a token
     assert run(dataclasses.replace(options, overwrite=True))[0].gradient_tokens > bundle.gradient_tokens
 
@@ -437,7 +430,7 @@ def test_the_number_of_cut_and_skipped_traces_is_said(options: Options, write_tr
     bundle, lines = run(dataclasses.replace(options, traces={"sums": own}, raw=True, n_ctx=40))
     assert lines[0] == (
         f"sums: 7 traces with {bundle.gradient_tokens} tokens to learn from, 1 held out; 2 cut to the context; "
-        "3 skipped, their prompts fill it; 2 left out, they stand there twice"
+        "3 skipped, their prompts fill it; 2 duplicates, left out"
     )
     assert bundle.capability_names == ["sums"]
     assert bundle.gradient_traces == 7

@@ -17,9 +17,8 @@ from adlocal.errors import ConversionError
 
 from ..direction.lowrank import LowRank
 from ..gguf_copy import Writer
+from ..model.architectures import TABLE
 from ..model.weights import Array
-
-_TABLE = "token_embd.weight"
 
 
 def write_adapter(
@@ -40,16 +39,16 @@ def write_adapter(
     """
     for pair in pairs:
         pair.check()
-    if tied and any(pair.name == _TABLE for pair in pairs):
+    if tied and any(pair.name == TABLE for pair in pairs):
         raise ConversionError(
-            f"tensor {_TABLE} is the output head too, which no adapter can move; leave it out, or write halves"
+            f"tensor {TABLE} is the output head too, which no adapter can move; leave it out, or write halves"
         )
     writer = Writer(path, architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 0.0)
-    for key, value, kind in metadata:
-        writer.add_metadata(key, value, gguf.GGUFValueType[kind])
+    for key, value, gguf_type in metadata:
+        writer.add_metadata(key, value, gguf.GGUFValueType[gguf_type])
     for name, values in _tensors(pairs):
         writer.add_tensor(name, values)
     path.touch(mode=0o600)
@@ -70,6 +69,6 @@ def adapter_sha256(pairs: Sequence[LowRank]) -> str:
 def _tensors(pairs: Sequence[LowRank]) -> Iterator[tuple[str, Array]]:
     """(name, values) of each tensor. llama.cpp looks tokens up in a table's lora_a, so that one has a row a token."""
     for pair in pairs:
-        a, b = (pair.b, pair.a.T) if pair.name == _TABLE else (pair.a, pair.b)
+        a, b = (pair.b, pair.a.T) if pair.name == TABLE else (pair.a, pair.b)
         for suffix, values in (("lora_a", a), ("lora_b", b)):
             yield f"{pair.name}.{suffix}", np.ascontiguousarray(values, dtype=np.float32)
