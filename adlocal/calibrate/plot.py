@@ -35,6 +35,8 @@ def draw(calibration: Calibration, path: Path) -> None:
     c = calibration
     n = 3 if c.measured_accuracy else 2
     figure, axes = plotting.figure(n, 4.6, 4.2, beside=True)
+    for ax in axes[1:]:
+        ax.sharex(axes[0])
     _panel(axes[0], c, "KL to the teacher, nats a token", c.measured_kl, c.curve_kl)
     _panel(axes[1], c, "dose a token (Δ − E[Δ])", c.measured_dose, c.curve_dose)
     if c.budget_kind == "kl":

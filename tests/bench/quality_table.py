@@ -19,6 +19,7 @@ from adlocal.bundle import NAMES
 from adlocal.bundle.choices import QUALITIES
 from adlocal_convert.demo.smollm2 import demo_model
 from adlocal_convert.demo.word_problems import word_problems
+from support.json_lines import write_lines
 
 
 def main() -> int:
@@ -62,8 +63,7 @@ def row(model: Path, traces: Path, directory: Path, kind: str, quality: str) -> 
 
 def write_traces(path: Path) -> Path:
     """48 worked problems."""
-    path.write_text("".join(json.dumps(problem) + "\n" for problem in word_problems(48)))
-    return path
+    return write_lines(path, *word_problems(48))
 
 
 if __name__ == "__main__":

@@ -83,15 +83,15 @@ def offset(model: Any, tensor: str) -> float:
     return family.norm_offset if family and "norm" in tensor else 0.0
 
 
-@pytest.mark.parametrize("kind", [HALVES, ADAPTER])
+@pytest.mark.parametrize("format", [HALVES, ADAPTER])
 @pytest.mark.parametrize("name", MAPPED)
-def test_delta_through_llama_cpp_is_the_exact_derivative(name: str, kind: str, teacher: Path, tmp_path: Path) -> None:
+def test_delta_through_llama_cpp_is_the_exact_derivative(name: str, format: str, teacher: Path, tmp_path: Path) -> None:
     """F32 weights, so that only ε², llama.cpp's F16 cache and, in Gemma, its table of GELU are left: 0.999 measured."""
     directory = families.save(families.family_model(name), tmp_path / name)
     rows = fidelity_table.write_traces(tmp_path / "traces.jsonl", 6)
-    options = Options(str(directory), {"t": rows}, tmp_path / "bundle", teacher=teacher, format=kind, n_threads=1)
+    options = Options(str(directory), {"t": rows}, tmp_path / "bundle", teacher=teacher, format=format, n_threads=1)
     bundle = convert(options, lambda line: None)
     verify(options.out)
     assert bundle.fidelity_median > 0.995
     assert bundle.fidelity_slope == pytest.approx(1, abs=0.1)
-    assert bundle.params == ("linear" if kind == ADAPTER else "all")
+    assert bundle.params == ("linear" if format == ADAPTER else "all")
