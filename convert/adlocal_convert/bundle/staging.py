@@ -24,14 +24,14 @@ def staging_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def publish(staging: Path, out: Path, format: str) -> None:
+def publish(staging: Path, out: Path, kind: str) -> None:
     """Moves both files into place. Should the second move fail, the ids differ and the runtime refuses the bundle.
 
     What another format or an older calibration left is removed first: it belongs to the bundle that is replaced.
     """
     out.mkdir(mode=0o700, exist_ok=True)
-    stale = [name for other, names in NAMES.items() if other != format for name in names] + [CALIBRATION_NAME]
+    stale = [name for other, names in NAMES.items() if other != kind for name in names] + [CALIBRATION_NAME]
     for name in stale:
         (out / name).unlink(missing_ok=True)
-    for name in NAMES[format]:
+    for name in NAMES[kind]:
         os.replace(staging / name, out / name)
