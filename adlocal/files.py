@@ -33,18 +33,23 @@ def check_target(option: str, path: Path, suffix: str) -> None:
         ) from None
 
 
+def write_failure(error: OSError) -> str:
+    """Why a file could not be written: numpy's short writes carry no reason, and come from a full disk."""
+    return error.strerror or f"{error}; is the disk full?"
+
+
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, failure: type[AdlocalError] = AdlocalError) -> Iterator[Path]:
     """The name of a file beside `path` to write to; it takes the place of `path` at the end, or is removed.
 
     Raises:
-        AdlocalError: it cannot be written, because the disk is full, say.
+        failure: it cannot be written, because the disk is full, say.
     """
     try:
         with replaced(path) as partial:
             yield partial
     except OSError as error:
-        raise AdlocalError(f"{path}: cannot be written ({error.strerror or error}); give another place") from None
+        raise failure(f"cannot write {path}: {write_failure(error)}; give another place") from None
 
 
 @contextmanager

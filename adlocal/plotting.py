@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Colour-blind-safe: what lowers the student's loss, what raises it, and what is neither.
+#: Colour-blind-safe: what lowers the student's loss or was measured, what raises it or was chosen, and neither.
 BLUE, ORANGE, GREY = "#2f7fc9", "#e07b2a", "#6b7280"
 _DPI = 150
 
@@ -30,14 +30,17 @@ def require(option: str) -> None:
         raise AdlocalError(f"{option} needs matplotlib, which {reason}; run: pip install 'adlocal[plot]'") from None
 
 
-def figure(n_panels: int, width: float = 8.0, height: float = 3.0) -> tuple[Figure, list[Axes]]:
-    """A figure of `n_panels` panels, one below the other, each `width` x `height` inches."""
+def figure(
+    n_panels: int, width: float = 8.0, height: float = 3.0, *, beside: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `n_panels` panels, each `width` x `height` inches: one below the other, or beside each other."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(width, height * n_panels), dpi=_DPI, layout="constrained")
+    rows, columns = (1, n_panels) if beside else (n_panels, 1)
+    fig = Figure(figsize=(width * columns, height * rows), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(fig)
-    panels: list[Axes] = [fig.add_subplot(n_panels, 1, i + 1) for i in range(n_panels)]
+    panels: list[Axes] = [fig.add_subplot(rows, columns, i + 1) for i in range(n_panels)]
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)

@@ -24,7 +24,9 @@ from adlocal_convert.demo.word_problems import word_problems
 from adlocal_convert.options import Options
 from support import tiny
 from support.adapters import Pairs
+from support.cli import Cli, runner
 from support.faults import Faults
+from support.json_lines import write_lines
 from support.paths import REAL_TRACES, ROOT
 
 
@@ -54,12 +56,16 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def teacher(tiny_llama: Path) -> Path:
+    """A GGUF to take a vocabulary from: 256 bytes, two control tokens, 6 unused."""
+    return tiny_llama
+
+
+@pytest.fixture(scope="session")
 def tiny_traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten short traces."""
-    path = tmp_path_factory.mktemp("traces") / "traces.jsonl"
     rows = [{"prompt": f"{i} + {i + 3} =", "completion": f" {2 * i + 3}"} for i in range(10)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_lines(tmp_path_factory.mktemp("traces") / "traces.jsonl", *rows)
 
 
 @pytest.fixture(scope="session")
@@ -116,6 +122,13 @@ def smollm2_bundle(smollm2: Path, pytestconfig: pytest.Config) -> Path:
         traces = {"traces": directory / "traces.jsonl"}
         convert(Options(str(smollm2), traces, directory / "bundle", overwrite=True), print)
     return directory / "bundle"
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Iterator[Cli]:
+    """Runs the command in this process and gives its status and output, llama.cpp's own too."""
+    with runner(capfd) as call:
+        yield call
 
 
 @pytest.fixture

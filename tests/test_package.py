@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,8 +11,6 @@ import adlocal
 from adlocal import errors
 
 PACKAGE = Path(adlocal.__file__).parent
-MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
-OFFLINE = {"adlocal_convert", "torch", "transformers", "gguf", "accelerate", "datasets", "pyarrow"}
 
 EXCEPTIONS = sorted(
     name
@@ -60,36 +56,6 @@ def test_every_public_name_has_a_docstring(name: str) -> None:
     text = vars(getattr(adlocal, name)).get("__doc__") or ""
     assert text.strip()
     assert not text.startswith(f"{name}(")  # what a dataclass writes of itself
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
-def test_the_runtime_never_imports_the_converter(path: Path) -> None:
-    """Not while a module loads; a function may."""
-    assert not imported_on_load(ast.parse(path.read_text(encoding="utf-8"))) & OFFLINE
-
-
-def imported_on_load(node: ast.AST) -> set[str]:
-    """Top-level packages that `node` imports, outside of functions."""
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-        return set()
-    if isinstance(node, ast.Import):
-        return {alias.name.partition(".")[0] for alias in node.names}
-    if isinstance(node, ast.ImportFrom):
-        return {(node.module or "").partition(".")[0]} if node.level == 0 else set()
-    return set().union(*map(imported_on_load, ast.iter_child_nodes(node)))
-
-
-def test_the_check_of_imports_sees_them() -> None:
-    code = "if x:\n    import torch.nn\nfrom adlocal_convert import a\nfrom .b import c\ndef f():\n    import gguf\n"
-    assert imported_on_load(ast.parse(code)) == {"torch", "adlocal_convert"}
-
-
-def test_importing_every_module_of_the_runtime_loads_nothing_of_the_converter() -> None:
-    names = [f"adlocal.{path.stem}" for path in PACKAGE.glob("*.py") if path.stem != "__main__"]
-    code = f"import sys, {', '.join(names)}; print(*{{name.partition('.')[0] for name in sys.modules}})"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "adlocal" in loaded
-    assert not OFFLINE & set(loaded)
 
 
 def test_the_runtime_is_typed() -> None:

@@ -25,7 +25,8 @@ def test_old_python_is_refused_with_a_remedy(version: tuple[int, ...]) -> None:
 
 
 def test_old_python_can_read_the_script() -> None:
-    ast.parse(Path(setup.__file__).read_text(), feature_version=(3, 6))
+    tree = ast.parse(Path(setup.__file__).read_text(), feature_version=(3, 6))
+    assert "check_python" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 def test_amx_is_kept_out_where_the_compiler_would_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

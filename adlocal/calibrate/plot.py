@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .. import plotting
 from ..bundle.calibration import Calibration
 from ..files import check_target
 
-_CURVE, _MEASURED, _CHOSEN = "#8a8f98", "#1f5fa8", "#d1495b"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_CURVE, _MEASURED, _CHOSEN = plotting.GREY, plotting.BLUE, plotting.ORANGE
 
 
 def check(path: Path) -> None:
@@ -29,12 +32,11 @@ def draw(calibration: Calibration, path: Path) -> None:
     Raises:
         AdlocalError: the file cannot be written.
     """
-    from matplotlib.figure import Figure
-
     c = calibration
     n = 3 if c.measured_accuracy else 2
-    figure: Any = Figure(figsize=(4.6 * n, 4.2), layout="constrained", dpi=144)
-    axes = figure.subplots(1, n, sharex=True)
+    figure, axes = plotting.figure(n, 4.6, 4.2, beside=True)
+    for ax in axes[1:]:
+        ax.sharex(axes[0])
     _panel(axes[0], c, "KL to the teacher, nats a token", c.measured_kl, c.curve_kl)
     _panel(axes[1], c, "dose a token (Δ − E[Δ])", c.measured_dose, c.curve_dose)
     if c.budget_kind == "kl":
@@ -58,7 +60,7 @@ def draw(calibration: Calibration, path: Path) -> None:
     plotting.save(figure, path)
 
 
-def _panel(ax: Any, c: Calibration, label: str, measured: list[float], curve: list[float] | None) -> None:
+def _panel(ax: Axes, c: Calibration, label: str, measured: list[float], curve: list[float] | None) -> None:
     chosen = measured[c.measured_strength.index(c.strength)]
     most = max(2.0, 4 * max(c.measured_strength))  # beyond it the curve dwarfs what was measured
     if curve is not None:
@@ -72,5 +74,3 @@ def _panel(ax: Any, c: Calibration, label: str, measured: list[float], curve: li
     ax.margins(x=0.04)
     ax.set_xlabel("strength, nats")
     ax.set_ylabel(label)
-    ax.grid(color="#e6e8eb", linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)

@@ -29,7 +29,8 @@ def add_protection(parser: argparse.ArgumentParser, required: bool = False) -> N
         "--guard",
         type=float,
         metavar="SHARE",
-        help="of the top probability that a token needs, 0 is the paper; the calibrated one, else 0.05",
+        help="minimum probability, as a share of the top token's, for a token to be lifted (0: no guard, as in the "
+        "paper; default: calibrated, else 0.05)",
     )
 
 

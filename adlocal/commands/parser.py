@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..bundle import HALVES, NAMES
+from ..bundle.choices import BALANCED, PARAMS, QUALITIES
 from .arguments import add_protected, add_protection, add_runtime, add_sampling, count, eps, seed, temperature
 
 Handler = Callable[[argparse.Namespace], None]
@@ -133,11 +135,11 @@ def _add_convert_inputs(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="[NAME=]FILE",
-        help="prompt and completion, or messages, as JSON lines, Parquet or a datasets id; once a capability",
+        help="prompt and completion, or messages, as JSON lines, Parquet or a datasets id; repeat once per capability",
     )
     parser.add_argument("--mix", metavar="NAME=WEIGHT,...", help="weights of the capabilities, equal by default")
     parser.add_argument(
-        "--loss-on", metavar="REGEX", help="the gradient is of the loss on tokens that match alone, on numbers: '[0-9]'"
+        "--loss-on", metavar="REGEX", help="compute the loss only on tokens that match REGEX; '[0-9]' for numbers"
     )
     parser.add_argument("--raw", action="store_true", help="concatenate string pairs, without the chat template")
     parser.add_argument(
@@ -149,21 +151,26 @@ def _add_convert_inputs(parser: argparse.ArgumentParser) -> None:
 
 def _add_convert_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--format", choices=("halves", "adapter"), default="halves", help="two files of weights, or one and a LoRA"
+        "--format", choices=tuple(NAMES), default=HALVES, help="two files of weights, or one and a LoRA"
     )
     parser.add_argument(
         "--quality",
-        choices=("small", "balanced", "exact"),
-        default="balanced",
+        choices=QUALITIES,
+        default=BALANCED,
         help="halves of 1.1 or 1.25 times the proxy's size, or in F16",
     )
     parser.add_argument(
         "--params",
-        choices=("all", "linear", "norms"),
+        choices=PARAMS,
         help="which weights are protected (default: all; linear for adapter)",
     )
-    parser.add_argument("--carriers", type=float, metavar="FRACTION", help="share of the linear weights, for --quality")
-    parser.add_argument("--rank", type=count, metavar="N", help="of the adapter, for --quality")
+    parser.add_argument(
+        "--carriers",
+        type=float,
+        metavar="FRACTION",
+        help="share of the linear weights that carry (overrides --quality)",
+    )
+    parser.add_argument("--rank", type=count, metavar="N", help="adapter rank (overrides --quality)")
     parser.add_argument("--eps", type=eps, default="auto", metavar="STEP", help="step along the unit gradient, or auto")
     parser.add_argument("-b", "--batch-size", type=count, default=2, metavar="N", help="traces of one pass")
     parser.add_argument(

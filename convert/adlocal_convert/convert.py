@@ -14,7 +14,7 @@ from tqdm import tqdm
 import adlocal
 from adlocal.bundle import ADAPTER, FORMAT_VERSION, Bundle
 from adlocal.errors import ConversionError, InputError, ModelError
-from adlocal.files import sha256
+from adlocal.files import sha256, write_failure
 from adlocal.llamacpp import native
 from adlocal.llamacpp.gguf import GGUFHeader
 from adlocal.llamacpp.model import context_length, open_vocabulary
@@ -30,11 +30,12 @@ from .bundle.perturb import bundle_id
 from .bundle.presets import QUALITIES, carrier_types, wide_base
 from .bundle.staging import publish, staging_directory
 from .direction.capabilities import Capability, cache_directory
-from .direction.gradient import Settings
+from .direction.given import Tensors, given_gradient
+from .direction.gradient import Gradient, Settings
 from .direction.lowrank import factorize
 from .direction.mixture import Mixture, parse_mix
-from .model.architectures import architecture_of
-from .model.proxy import TABLE, Proxy
+from .model.architectures import TABLE, architecture_of
+from .model.proxy import Proxy
 from .model.weights import Tensor
 from .options import Options, checked
 from .source.inputs import resolve
@@ -43,15 +44,17 @@ from .source.quantize import quantize
 Say = Callable[[str], None]
 
 
-def convert(options: Options, say: Say) -> Bundle:
+def convert(options: Options, say: Say, direction: Tensors | None = None) -> Bundle:
     """Writes a bundle to `options.out` and returns what it says of itself.
 
     Args:
         options: see `Options`.
         say: told each line of the report.
+        direction: what is protected against in the place of the gradient, of any length: GGUF tensor name -> values in
+            the file's order, at least for the tensors that `options.params` selects. Fidelity is measured along it.
 
     Raises:
-        InputError: proxy, traces or an option cannot be used.
+        InputError: proxy, traces, an option or the direction cannot be used.
         ConversionError: gradient or fidelity are no good, or the bundle cannot be written. Nothing is left behind.
     """
     options = checked(options)
@@ -63,11 +66,10 @@ def convert(options: Options, say: Say) -> Bundle:
             for capability in capabilities:
                 say(capability.report)
             with closing(_open(base, options)) as proxy:
-                bundle = _Conversion(options, proxy, capabilities, staging, say).run()
+                bundle = _Conversion(options, proxy, capabilities, staging, say, direction).run()
             bundle = publish(bundle, options.out)
     except OSError as error:
-        reason = error.strerror or f"{error}; is the disk full?"  # numpy's short writes carry no reason
-        raise ConversionError(f"cannot write the bundle to {options.out}: {reason}") from None
+        raise ConversionError(f"cannot write the bundle to {options.out}: {write_failure(error)}") from None
     say(f"wrote {options.out}")
     return bundle
 
@@ -76,9 +78,16 @@ class _Conversion:
     """The stages between a proxy and its bundle's files in `staging`."""
 
     def __init__(
-        self, options: Options, proxy: Proxy, capabilities: Sequence[Capability], staging: Path, say: Say
+        self,
+        options: Options,
+        proxy: Proxy,
+        capabilities: Sequence[Capability],
+        staging: Path,
+        say: Say,
+        given: Tensors | None,
     ) -> None:
         self.options, self.proxy, self.capabilities, self.staging, self.say = options, proxy, capabilities, staging, say
+        self.given = given
         self.base_sha256 = sha256(proxy.path)
         self.selection, self.excluded = select(proxy, str(options.params), options.format)
 
@@ -99,13 +108,19 @@ class _Conversion:
             candidate.write(bundle)
         return Bundle.open(self.staging)
 
-    def _direction(self) -> Mixture:
+    def _gradients(self) -> list[Gradient]:
+        """One a capability: computed, found where it was saved, or handed in."""
         options, proxy = self.options, self.proxy
-        cache = cache_directory() / "gradients"
         params = options.params or ""
         names = [t.name for t in proxy.tensors if _selected(t, params)]
+        if self.given is not None:
+            return [given_gradient(self.given, proxy, names, self.capabilities)]
+        cache = cache_directory() / "gradients"
         settings = Settings.low_memory() if options.low_memory else Settings(options.batch_size)
-        gradients = [c.gradient(proxy, self.base_sha256, params, names, cache, settings) for c in self.capabilities]
+        return [c.gradient(proxy, self.base_sha256, params, names, cache, settings) for c in self.capabilities]
+
+    def _direction(self) -> Mixture:
+        options, gradients = self.options, self._gradients()
         weights = parse_mix(options.mix, [c.name for c in self.capabilities])
         chosen = [t.name for t in self.selection]
         with tqdm(total=len(chosen), desc="norms", unit="tensor", delay=1) as bar:
@@ -114,7 +129,8 @@ class _Conversion:
             self.capabilities, mixture.norms, mixture.weights, gradients, strict=True
         ):
             share = f", weight {weight:g}" if len(gradients) > 1 else ""
-            self.say(f"{capability.name}: loss {gradient.loss:.4f} nats a token, ‖g‖ = {norm:.4f}{share}")
+            what = f"loss {gradient.loss:.4f} nats a token" if self.given is None else "a direction that was handed in"
+            self.say(f"{capability.name}: {what}, ‖g‖ = {norm:.4f}{share}")
         return mixture
 
     def _candidate(self, direction: Mixture, references: Sequence[Reference], rounding: Rounding) -> Candidate:
@@ -191,13 +207,13 @@ class _Conversion:
         return dataclasses.replace(bundle, id=bundle_id(bundle))
 
 
-def select(proxy: Proxy, params: str, kind: str) -> tuple[list[Tensor], list[str]]:
+def select(proxy: Proxy, params: str, format: str) -> tuple[list[Tensor], list[str]]:
     """The tensors that the direction is over, and the names of those among `params` that the format cannot carry.
 
     llama.cpp's adapters hold no vectors, and in a tied model multiply with the table in one of its two places only.
     """
     selected = [t for t in proxy.tensors if _selected(t, params)]
-    if kind != ADAPTER:
+    if format != ADAPTER:
         return selected, []
     excluded = [t.name for t in selected if proxy.is_tied and t.name == TABLE]
     return [t for t in selected if t.name not in excluded], excluded

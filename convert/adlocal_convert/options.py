@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adlocal.bundle import ADAPTER, HALVES, NAMES
+from adlocal.bundle.choices import ALL, BALANCED, LINEAR
 from adlocal.errors import InputError
-
-PARAMS = ("all", "linear", "norms")
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Options:
     loss_on: str | None = None
     quant: str | None = None
     format: str = HALVES
-    quality: str = "balanced"
+    quality: str = BALANCED
     carriers: float | None = None
     rank: int | None = None
     params: str | None = None
@@ -78,7 +77,7 @@ def checked(options: Options) -> Options:
         _check_expression(options.loss_on)
     if options.n_ctx < 2:
         raise InputError(f"--ctx-size {options.n_ctx}: give at least 2 tokens")
-    if options.format == ADAPTER and options.params not in (None, "linear"):
+    if options.format == ADAPTER and options.params not in (None, LINEAR):
         raise InputError(
             f"--params {options.params}: an adapter carries matrices alone; say --params linear, or --format halves"
         )
@@ -90,7 +89,7 @@ def checked(options: Options) -> Options:
         raise InputError(f"{options.out} is a file; give a directory for --out")
     if any((options.out / name).exists() for names in NAMES.values() for name in names) and not options.overwrite:
         raise InputError(f"{options.out} holds a bundle already; give another --out, or say --overwrite")
-    return dataclasses.replace(options, params=options.params or ("linear" if options.format == ADAPTER else "all"))
+    return dataclasses.replace(options, params=options.params or (LINEAR if options.format == ADAPTER else ALL))
 
 
 def _check_expression(text: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from adlocal.commands.arguments import count
 from adlocal.errors import AdlocalError
+from adlocal.files import written_whole
 
 from .report import document as report
 from .run import collected, plan
@@ -56,10 +57,9 @@ def _run(name: str, out: Path, jobs: int) -> int:
     print(f"{name}: {len(stages)} stages, {n_left} to do, {jobs} at a time", file=sys.stderr)
     execute(stages, root, jobs)
     target = _results(name, out)
-    partial = target.with_suffix(".partial")
     rows = [{"scale": name, **row} for row in collected.results(entries, root)]
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(partial, target)
+    with written_whole(target) as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return _report(name, out)
 
 

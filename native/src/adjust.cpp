@@ -287,6 +287,13 @@ double expectation(const Proxies & p, double epsilon) {
     return weighted / mass / (2 * epsilon);
 }
 
+double dose(const Proxies & p, llama_token token, double epsilon, double mean) noexcept {
+    if (token >= p.n) {
+        return 0.0;
+    }
+    return static_cast<double>((p.plus[token] - p.minus[token]) / static_cast<float>(2 * epsilon)) - mean;
+}
+
 adl_row adjust(float * logits, int32_t n, const Proxies & proxies, int32_t n_shared, const Settings & settings, double mean) {
     if (!std::isfinite(mean)) {
         throw Error{ADL_ERROR_PROXY, "a proxy's logits are not numbers (NaN or inf); nothing emitted"};

@@ -26,6 +26,9 @@ void check_strength(double strength, double guard);
 // E[Δ] under softmax((z₊ + z₋) / 2). NaN if any of the logits is NaN or +inf.
 double expectation(const Proxies & proxies, double epsilon);
 
+// Δ of a token, centred: less `mean`, which is what expectation() gave. 0 for a token that the proxies do not know.
+double dose(const Proxies & proxies, llama_token token, double epsilon, double mean) noexcept;
+
 // Adjusts `logits` (n) in place, ids below n_shared only. Throws Error and changes nothing when a number is not finite that
 // has to be. `mean` is what expectation() gave.
 adl_row adjust(float * logits, int32_t n, const Proxies & proxies, int32_t n_shared, const Settings & settings, double mean);

@@ -35,6 +35,9 @@ struct adl_pair {
     // Makes end-of-generation all that a row can be sampled for.
     void close_row(float * logits) const noexcept;
 
+    // λ of a strength in nats.
+    double lam(double strength) const noexcept { return strength / delta_scale; }
+
     double        dose(int32_t row, llama_token token) noexcept;
     const float * logits(const adl::Proxy & proxy);
 

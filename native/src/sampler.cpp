@@ -112,7 +112,7 @@ class Sampler {
     }
 
     void adjust(llama_token_data_array * candidates) {
-        const Settings settings = {evaluated_->epsilon, strength_ / pair_->delta_scale, guard_};
+        const Settings settings = {evaluated_->epsilon, pair_->lam(strength_), guard_};
         const int32_t  n_shared = gather(candidates);
         auto &         logits   = scratch_.logits;
         const Proxies  proxies  = {scratch_.plus.data(), scratch_.minus.data(), n_shared};
@@ -163,10 +163,8 @@ class Sampler {
         ++dose_.n_tokens;
         dose_.n_steerable += row_.n_candidates > 1 ? 1 : 0;
         dose_.kl += row_.kl;
-        if (token < pair_->n_vocab) {
-            const float delta = (evaluated_->plus[token] - evaluated_->minus[token]) / static_cast<float>(2 * evaluated_->epsilon);
-            dose_.total += static_cast<double>(delta) - evaluated_->mean;
-        }
+        const Proxies proxies = {evaluated_->plus.data(), evaluated_->minus.data(), pair_->n_vocab};
+        dose_.total += adl::dose(proxies, token, evaluated_->epsilon, evaluated_->mean);
     }
 
     bool is_end(llama_token token) const {

@@ -69,37 +69,9 @@ TEST(the_plan_fails_what_it_says) { // else the other tests test nothing
     CHECK(from[0] && from[1] && !from[2] && !from[3]);
 }
 
-TEST(making_a_pair) {
-    for (const auto mode : {ADL_CONCURRENCY_TURNS, ADL_CONCURRENCY_BOTH}) {
-        install();
-        const adl_llama       llama   = fake_llama_table();
-        const adl_pair_params p       = with_mode(mode);
-        llama_model *         teacher = load();
-        int                   n_failed = 0;
-        for_every_failure([&](int64_t first, bool all) {
-            adl_pair * pair;
-            bool       reached;
-            {
-                Plan plan(first, all);
-                pair    = adl_pair_init(&llama, DIR, teacher, p);
-                reached = plan.reached();
-            }
-            CHECK(pair != nullptr || adl_last_status() == ADL_ERROR_MEMORY);
-            CHECK(pair != nullptr || reached);
-            n_failed += pair == nullptr;
-            adl_pair_free(pair);
-            CHECK_EQ(fake::counts().contexts, 0);
-            CHECK_EQ(fake::counts().ggufs, 0);
-            CHECK_EQ(fake::counts().models, 1);
-            return reached;
-        });
-        CHECK(n_failed > 0);
-        llama_model_free(teacher);
-    }
-}
-
-TEST(making_a_pair_from_an_adapter_and_changing_its_epsilon) {
-    install_adapter();
+// Makes a pair with failing memory, lets `use` have it, and checks that nothing but the teacher stays behind.
+template <typename Use>
+void check_making(const char * dir, const adl_pair_params & params, Use && use) {
     const adl_llama llama    = fake_llama_table();
     llama_model *   teacher  = load();
     int             n_failed = 0;
@@ -108,9 +80,9 @@ TEST(making_a_pair_from_an_adapter_and_changing_its_epsilon) {
         bool       reached;
         {
             Plan plan(first, all);
-            pair = adl_pair_init(&llama, ADAPTER_DIR, teacher, params());
+            pair = adl_pair_init(&llama, dir, teacher, params);
             if (pair != nullptr) {
-                CHECK_EQ(adl_pair_set_epsilon(pair, 0.5), ADL_OK); // needs no memory of ours
+                use(pair);
             }
             reached = plan.reached();
         }
@@ -119,12 +91,27 @@ TEST(making_a_pair_from_an_adapter_and_changing_its_epsilon) {
         n_failed += pair == nullptr;
         adl_pair_free(pair);
         CHECK_EQ(fake::counts().contexts, 0);
+        CHECK_EQ(fake::counts().ggufs, 0);
         CHECK_EQ(fake::counts().adapters, 0);
         CHECK_EQ(fake::counts().models, 1);
         return reached;
     });
     CHECK(n_failed > 0);
     llama_model_free(teacher);
+}
+
+TEST(making_a_pair) {
+    for (const auto mode : {ADL_CONCURRENCY_TURNS, ADL_CONCURRENCY_BOTH}) {
+        install();
+        check_making(DIR, with_mode(mode), [](adl_pair *) {});
+    }
+}
+
+TEST(making_a_pair_from_an_adapter_and_changing_its_epsilon) {
+    install_adapter();
+    check_making(ADAPTER_DIR, params(), [](adl_pair * pair) {
+        CHECK_EQ(adl_pair_set_epsilon(pair, 0.5), ADL_OK); // needs no memory of ours
+    });
 }
 
 TEST(making_a_pair_that_llama_cpp_refuses) {

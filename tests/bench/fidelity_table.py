@@ -6,7 +6,6 @@ Models are random and small (256 wide, 2 layers), bases come from llama.cpp's ow
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from adlocal_convert.convert import convert
 from adlocal_convert.options import Options
 from adlocal_convert.source.export import export_directory
 from support import families, tiny
+from support.json_lines import write_lines
 
 FAMILIES = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 TYPES = ("F16", "Q8_0", "Q4_K_M")
@@ -59,8 +59,7 @@ def write_traces(path: Path, n: int = 12) -> Path:
     """Random letters."""
     rng = np.random.default_rng(0)
     text = ["".join(map(chr, rng.integers(97, 123, 30))) for _ in range(n)]
-    path.write_text("".join(json.dumps({"prompt": t[:10], "completion": t[10:]}) + "\n" for t in text))
-    return path
+    return write_lines(path, *({"prompt": t[:10], "completion": t[10:]} for t in text))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from adlocal.bundle import NAMES
+from adlocal.bundle.choices import QUALITIES
 from adlocal_convert.demo.smollm2 import demo_model
 from adlocal_convert.demo.word_problems import word_problems
-
-QUALITIES = ("small", "balanced", "exact")
-FORMATS = ("halves", "adapter")
+from support.json_lines import write_lines
 
 
 def main() -> int:
@@ -32,7 +32,7 @@ def main() -> int:
         directory = Path(name)
         traces = args.traces or write_traces(directory / "traces.jsonl")
         print("format   quality    median  p10     slope  MB of both files  of the base  seconds  peak MB")
-        for kind in FORMATS:
+        for kind in NAMES:
             for quality in QUALITIES:
                 print(row(args.model, traces, directory, kind, quality), flush=True)
     return 0
@@ -63,8 +63,7 @@ def row(model: Path, traces: Path, directory: Path, kind: str, quality: str) -> 
 
 def write_traces(path: Path) -> Path:
     """48 worked problems."""
-    path.write_text("".join(json.dumps(problem) + "\n" for problem in word_problems(48)))
-    return path
+    return write_lines(path, *word_problems(48))
 
 
 if __name__ == "__main__":

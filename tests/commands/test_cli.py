@@ -20,45 +20,11 @@ import torch
 
 import adlocal
 from adlocal.bundle import MINUS_NAME, PLUS_NAME, Bundle
-from adlocal.cli import main
 from support import tiny
+from support.cli import Cli, Done, only_line, refused
+from support.json_lines import write_lines
 
-Run = Callable[..., "Done"]
 VERBS = ("traces", "convert", "inspect", "generate", "calibrate", "score", "bench", "demo")
-
-
-class Done:
-    """How a command ended."""
-
-    def __init__(self, status: int, out: str, err: str) -> None:
-        self.status, self.out, self.err = status, out, err
-
-    def message(self) -> str:
-        """The last line of stderr, without what progress bars left on it."""
-        return self.err.rstrip("\n").splitlines()[-1].rpartition("\r")[2]
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers() -> Any:
-    """`main` is made to own its process; here it does not."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in this process; llama.cpp's own output is captured too."""
-
-    def call(*argv: object) -> Done:
-        try:
-            status = main([str(part) for part in argv])
-        except SystemExit as stopped:
-            status = int(stopped.code or 0)
-        captured = capfd.readouterr()
-        return Done(status, captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture
@@ -66,27 +32,6 @@ def out(tmp_path: Path) -> Path:
     """Where a bundle is to be made, in a directory of its own."""
     (tmp_path / "out").mkdir()
     return tmp_path / "out" / "bundle"
-
-
-def refused(done: Done, verb: str, *words: str, status: int = 2) -> None:
-    """One line on stderr that begins with the verb and says these words, and nothing on stdout."""
-    assert done.status == status, done.err
-    assert done.out == ""
-    assert "Traceback" not in done.err
-    lines = [line for line in done.err.splitlines() if line.startswith("adlocal")]
-    assert lines == [done.message()], done.err
-    assert done.message().startswith(f"adlocal {verb}: ")
-    for word in words:
-        assert word in done.message()
-
-
-def only_line(done: Done) -> None:
-    assert done.err.count("\n") == 1, done.err
-
-
-def lines_of(path: Path, *rows: object) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
 
 
 # convert
@@ -103,7 +48,7 @@ def other_architecture(path: Path) -> Path:
     return path
 
 
-def test_unusable_proxies_are_refused(run: Run, tiny_llama: Path, tiny_traces: Path, tmp_path: Path, out: Path) -> None:
+def test_unusable_proxies_are_refused(cli: Cli, tiny_llama: Path, tiny_traces: Path, tmp_path: Path, out: Path) -> None:
     whole = tiny_llama.read_bytes()
     for name, data in {"head": whole[:3000], "tail": whole[:-1000], "noise": b"GGUF" + b"\1\2\3" * 99}.items():
         (tmp_path / f"{name}.gguf").write_bytes(data)
@@ -115,18 +60,18 @@ def test_unusable_proxies_are_refused(run: Run, tiny_llama: Path, tiny_traces: P
         tmp_path / "noise.gguf": ("noise.gguf: not a readable GGUF file",),
         other_architecture(tmp_path / "gpt2.gguf"): ("architecture gpt2 is not supported; give one of llama, qwen2,",),
     }.items():
-        done = run("convert", proxy, "--traces", tiny_traces, "--out", out)
+        done = cli("convert", proxy, "--traces", tiny_traces, "--out", out)
         refused(done, "convert", *words)
         only_line(done)
     assert list(out.parent.iterdir()) == []
 
 
-def test_weights_that_are_no_numbers_are_refused(run: Run, tiny_traces: Path, tmp_path: Path, out: Path) -> None:
+def test_weights_that_are_no_numbers_are_refused(cli: Cli, tiny_traces: Path, tmp_path: Path, out: Path) -> None:
     model = tiny.tiny_model()
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     path = tiny.write_gguf(model, tmp_path / "nan.gguf", tiny.CHAT_TEMPLATE)
-    done = run("convert", path, "--traces", tiny_traces, "--out", out, "-t", 1)
+    done = cli("convert", path, "--traces", tiny_traces, "--out", out, "-t", 1)
     refused(done, "convert", "tensor output_norm.weight holds NaN or infinite weights")
     assert list(out.parent.iterdir()) == []
 
@@ -148,14 +93,14 @@ GOOD = {"prompt": "1 + 1 =", "completion": " 2"}
     ids=["broken JSON", "no object", "empty completion", "other keys", "empty file", "too long"],
 )
 def test_unusable_traces_are_refused(
-    verb: str, rows: list[Any], words: tuple[str, ...], run: Run, tiny_llama: Path, tiny_bundle: Path, out: Path
+    verb: str, rows: list[Any], words: tuple[str, ...], cli: Cli, tiny_llama: Path, tiny_bundle: Path, out: Path
 ) -> None:
-    traces = lines_of(out.parent.parent / "t.jsonl", *rows)
+    traces = write_lines(out.parent.parent / "t.jsonl", *rows)
     argv = {
         "convert": ["convert", tiny_llama, "--traces", traces, "--out", out],
         "score": ["score", "--bundle", tiny_bundle, traces, "-c", 256],
     }
-    done = run(*argv[verb], "-t", 1)
+    done = cli(*argv[verb], "-t", 1)
     refused(done, verb, *words)
     only_line(done)
     assert list(out.parent.iterdir()) == []
@@ -179,9 +124,9 @@ def test_unusable_traces_are_refused(
     ids=lambda v: " ".join(v) if v[0].startswith("-") else "",
 )
 def test_wrong_options_of_convert_are_refused(
-    argv: list[str], words: list[str], run: Run, tiny_llama: Path, tiny_traces: Path, out: Path
+    argv: list[str], words: list[str], cli: Cli, tiny_llama: Path, tiny_traces: Path, out: Path
 ) -> None:
-    done = run("convert", tiny_llama, "--traces", tiny_traces, "--out", out, *argv)
+    done = cli("convert", tiny_llama, "--traces", tiny_traces, "--out", out, *argv)
     if argv == ["--color"]:  # argparse leaves what it does not know to the parser above
         assert (done.status, done.out) == (2, "")
         assert "unrecognized arguments: --color" in done.message()
@@ -190,22 +135,22 @@ def test_wrong_options_of_convert_are_refused(
     assert list(out.parent.iterdir()) == []
 
 
-def test_convert_makes_a_bundle_and_says_what_it_is(run: Run, tiny_llama: Path, tiny_traces: Path, out: Path) -> None:
+def test_convert_makes_a_bundle_and_says_what_it_is(cli: Cli, tiny_llama: Path, tiny_traces: Path, out: Path) -> None:
     argv = ["convert", tiny_llama, "--traces", tiny_traces, "--out", out, "--carriers", "1", "-t", "1"]
-    done = run(*argv, "--eps", "0.03", "--json")
+    done = cli(*argv, "--eps", "0.03", "--json")
     assert done.status == 0
     report, bundle = json.loads(done.out), Bundle.open(out)
     assert (report["id"], report["epsilon"], report["files_fit"]) == (bundle.id, 0.03, True)
     assert report["bytes"] == {name: (out / name).stat().st_size for name in (PLUS_NAME, MINUS_NAME)}
     assert "8 traces with" in done.err
     assert f"wrote {out}" in done.err
-    assert json.loads(run("inspect", out, "--json").out) == report
+    assert json.loads(cli("inspect", out, "--json").out) == report
 
-    refused(run(*argv), "convert", "holds a bundle already; give another --out, or say --overwrite")
-    done = run(*argv, "--eps", "0.02", "--overwrite")
+    refused(cli(*argv), "convert", "holds a bundle already; give another --out, or say --overwrite")
+    done = cli(*argv, "--eps", "0.02", "--overwrite")
     assert (done.status, done.out) == (0, "")
     assert Bundle.open(out).epsilon == 0.02
-    refused(run(*argv, "--eps", "50", "--overwrite"), "convert", "fidelity", "--force", status=1)
+    refused(cli(*argv, "--eps", "50", "--overwrite"), "convert", "fidelity", "--force", status=1)
     assert Bundle.open(out).epsilon == 0.02
     assert [p.name for p in out.parent.iterdir()] == ["bundle"]
 
@@ -213,14 +158,14 @@ def test_convert_makes_a_bundle_and_says_what_it_is(run: Run, tiny_llama: Path, 
 # inspect, score, generate, bench
 
 
-def test_inspect_is_a_page_and_an_object(run: Run, tiny_bundle: Path) -> None:
+def test_inspect_is_a_page_and_an_object(cli: Cli, tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
-    page = run("inspect", tiny_bundle)
+    page = cli("inspect", tiny_bundle)
     assert page.status == 0
     for part in (bundle.id[:16], "fit together", f"{bundle.gradient_norm:.4f}", f"{bundle.fidelity_median:.4f}"):
         assert part in page.out
     assert sum(line.lstrip().startswith("* ") for line in page.out.splitlines()) == 1, "one ε was chosen"
-    found = json.loads(run("inspect", tiny_bundle, "--json").out)
+    found = json.loads(cli("inspect", tiny_bundle, "--json").out)
     assert found["files_fit"] is True
     assert found["sweep_epsilon"] == bundle.sweep_epsilon
     assert found["carriers"] == bundle.carriers
@@ -229,7 +174,7 @@ def test_inspect_is_a_page_and_an_object(run: Run, tiny_bundle: Path) -> None:
 
 @pytest.mark.parametrize("verb", ["inspect", "score", "generate", "bench"])
 def test_unusable_bundles_are_refused(
-    verb: str, run: Run, tiny_llama: Path, tiny_traces: Path, copy_bundle: Callable[[str], Path], tmp_path: Path
+    verb: str, cli: Cli, tiny_llama: Path, tiny_traces: Path, copy_bundle: Callable[[str], Path], tmp_path: Path
 ) -> None:
     def argv(bundle: Path) -> list[object]:
         return {
@@ -251,25 +196,25 @@ def test_unusable_bundles_are_refused(
         cut: f"{PLUS_NAME}: truncated at",
         tmp_path / "nowhere": "no such bundle directory; `adlocal convert PROXY.gguf --out DIR` makes one",
     }.items():
-        done = run(*argv(bundle))
+        done = cli(*argv(bundle))
         refused(done, verb, words)
         only_line(done)
 
 
-def test_inspect_finds_altered_weights(run: Run, copy_bundle: Callable[[str], Path]) -> None:
+def test_inspect_finds_altered_weights(cli: Cli, copy_bundle: Callable[[str], Path]) -> None:
     bundle = copy_bundle("altered")
     data = bytearray((bundle / MINUS_NAME).read_bytes())
     data[-70] ^= 1
     (bundle / MINUS_NAME).write_bytes(data)
-    refused(run("inspect", bundle), "inspect", f"{MINUS_NAME}: its carriers were altered since conversion")
+    refused(cli("inspect", bundle), "inspect", f"{MINUS_NAME}: its carriers were altered since conversion")
 
 
-def test_score_is_a_row_a_trace_and_their_mean(run: Run, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_score_is_a_row_a_trace_and_their_mean(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(4)]
     long = [{"prompt": "x", "completion": "y" * 300}, {"prompt": "x" * 300, "completion": "y"}]
-    traces = lines_of(tmp_path / "t.jsonl", *rows, *long)
+    traces = write_lines(tmp_path / "t.jsonl", *rows, *long)
     argv = ["score", "--bundle", tiny_bundle, traces, "-c", 256, "-t", 1]
-    found = json.loads(run(*argv, "--json").out)
+    found = json.loads(cli(*argv, "--json").out)
     scores = found["scores"]
     assert (found["traces"], found["cut"], found["skipped"]) == (5, 1, 1)
     assert [s["where"] for s in scores] == [f"{traces}:{i}" for i in range(1, 6)]
@@ -278,7 +223,7 @@ def test_score_is_a_row_a_trace_and_their_mean(run: Run, tiny_bundle: Path, tmp_
     assert found["dose_per_token"] == pytest.approx(found["dose"] / found["n_tokens"])
     for s in scores:
         assert s["dose_per_token"] == pytest.approx(s["dose"] / s["n_tokens"])
-    table = run(*argv).out.splitlines()
+    table = cli(*argv).out.splitlines()
     assert len(table) == 1 + 5 + 1
     row = [f"{scores[0]['dose']:+.2f}", f"{scores[0]['dose_per_token']:+.4f}", "3", f"{traces}:1"]
     assert table[1].split()[:4] == row
@@ -287,9 +232,9 @@ def test_score_is_a_row_a_trace_and_their_mean(run: Run, tiny_bundle: Path, tmp_
 
 
 @pytest.fixture
-def generate(run: Run, tiny_llama: Path) -> Callable[..., Done]:
+def generate(cli: Cli, tiny_llama: Path) -> Callable[..., Done]:
     def call(*argv: object) -> Done:
-        return run("generate", "-m", tiny_llama, "-c", 256, "-t", 1, *argv)
+        return cli("generate", "-m", tiny_llama, "-c", 256, "-t", 1, *argv)
 
     return call
 
@@ -357,25 +302,25 @@ def test_wrong_options_of_generate_are_refused(
     only_line(done)
 
 
-def test_a_teacher_with_another_vocabulary_is_refused(run: Run, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_teacher_with_another_vocabulary_is_refused(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
     pieces = list(tiny.BYTES)
     pieces[65], pieces[66] = pieces[66], pieces[65]
     teacher = tiny.write_gguf(tiny.tiny_model(), tmp_path / "teacher.gguf", pieces=pieces)
     for verb, rest in {"generate": ["-p", "1"], "bench": []}.items():
-        done = run(verb, "-m", teacher, "--bundle", tiny_bundle, "-c", 256, *rest)
+        done = cli(verb, "-m", teacher, "--bundle", tiny_bundle, "-c", 256, *rest)
         refused(done, verb, "token 65 is 'B'", "to the teacher", "convert a proxy that shares the teacher's tokenizer")
 
 
-def test_a_missing_teacher_is_refused(run: Run, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_missing_teacher_is_refused(cli: Cli, tiny_bundle: Path, tmp_path: Path) -> None:
     teacher = tmp_path / "nowhere.gguf"
     for how in (["--bundle", tiny_bundle], ["--unprotected"]):
-        refused(run("generate", "-m", teacher, "-p", "1", *how), "generate", "nowhere.gguf: no such file")
-    refused(run("bench", "-m", teacher, "--bundle", tiny_bundle), "bench", "nowhere.gguf: no such file")
+        refused(cli("generate", "-m", teacher, "-p", "1", *how), "generate", "nowhere.gguf: no such file")
+    refused(cli("bench", "-m", teacher, "--bundle", tiny_bundle), "bench", "nowhere.gguf: no such file")
 
 
-def test_bench_gives_ratios_of_one_run(run: Run, tiny_llama: Path, tiny_bundle: Path) -> None:
+def test_bench_gives_ratios_of_one_run(cli: Cli, tiny_llama: Path, tiny_bundle: Path) -> None:
     argv = ["bench", "-m", tiny_llama, "--bundle", tiny_bundle, "-c", 256, "-n", 3, "-t", 1]
-    found = json.loads(run(*argv, "--json").out)
+    found = json.loads(cli(*argv, "--json").out)
     assert all(value > 0 for value in found.values())
     for ratio, (over, under) in {
         "protected_of_ideal": ("ideal", "protected"),
@@ -384,7 +329,7 @@ def test_bench_gives_ratios_of_one_run(run: Run, tiny_llama: Path, tiny_bundle: 
         "strength_0_of_plain": ("plain", "strength_0"),
     }.items():
         assert found[ratio] == pytest.approx(found[over] / found[under])
-    table = run(*argv)
+    table = cli(*argv)
     assert table.status == 0
     assert "AntidistillationLlama, strength 0" in table.out
 
@@ -400,9 +345,9 @@ def test_bench_gives_ratios_of_one_run(run: Run, tiny_llama: Path, tiny_bundle: 
     ],
 )
 def test_wrong_options_of_bench_are_refused(
-    argv: list[str], words: list[str], run: Run, tiny_llama: Path, tiny_bundle: Path
+    argv: list[str], words: list[str], cli: Cli, tiny_llama: Path, tiny_bundle: Path
 ) -> None:
-    done = run("bench", "-m", tiny_llama, "--bundle", tiny_bundle, "-c", 256, "-t", 1, *argv)
+    done = cli("bench", "-m", tiny_llama, "--bundle", tiny_bundle, "-c", 256, "-t", 1, *argv)
     refused(done, "bench", *words)
     only_line(done)
 
@@ -411,25 +356,25 @@ def test_wrong_options_of_bench_are_refused(
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_shows_an_example(verb: str, run: Run) -> None:
-    done = run(verb, "--help")
+def test_help_shows_an_example(verb: str, cli: Cli) -> None:
+    done = cli(verb, "--help")
     assert (done.status, done.err) == (0, "")
     assert f"example:\n  adlocal {verb}" in done.out
 
 
-def test_help_lists_every_verb(run: Run) -> None:
-    done = run("--help")
+def test_help_lists_every_verb(cli: Cli) -> None:
+    done = cli("--help")
     assert done.status == 0
     assert all(f"\n    {verb}" in done.out for verb in VERBS)
 
 
-def test_version(run: Run) -> None:
-    assert run("--version").out == f"adlocal {adlocal.__version__}\n"
+def test_version(cli: Cli) -> None:
+    assert cli("--version").out == f"adlocal {adlocal.__version__}\n"
 
 
 @pytest.mark.parametrize("argv", [[], ["train"]])
-def test_a_missing_or_unknown_verb_is_refused(argv: list[str], run: Run) -> None:
-    done = run(*argv)
+def test_a_missing_or_unknown_verb_is_refused(argv: list[str], cli: Cli) -> None:
+    done = cli(*argv)
     assert done.status == 2
     assert done.err.startswith("adlocal: ")
     only_line(done)
@@ -485,7 +430,7 @@ def test_the_runtime_needs_no_part_of_the_converter(tmp_path: Path, tiny_bundle:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "terminated"])
 def test_an_interrupted_conversion_leaves_nothing(how: signal.Signals, tiny_llama: Path, out: Path) -> None:
-    traces = lines_of(
+    traces = write_lines(
         out.parent.parent / "t.jsonl", *[{"prompt": f"{i} +", "completion": " 2" * 100} for i in range(800)]
     )
     process = command("convert", tiny_llama, "--traces", traces, "--out", out, "-t", 1)

@@ -9,10 +9,8 @@ import itertools
 import json
 import os
 import re
-import signal
 import struct
 import sys
-from collections.abc import Callable, Iterator
 from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,7 +21,6 @@ import pytest
 
 from adlocal import ProxyError, ProxyPair, adjust
 from adlocal.bundle import PLUS_NAME
-from adlocal.cli import main
 from adlocal.llamacpp.model import open_vocabulary
 from adlocal.llamacpp.tokens import token_pieces, token_texts
 from adlocal.score import Score, score_trace
@@ -32,9 +29,10 @@ from adlocal.score.page import page
 from adlocal.score.style import LEVELS, SCRIPT, STYLE
 from adlocal.traces import EncodedTrace, TraceEncoder, read_traces
 from support import tiny
+from support.cli import Cli, Done, only_line, refused
 from support.faults import Faults
+from support.json_lines import write_lines
 
-Run = Callable[..., tuple[int, str, str]]
 ODD = [
     ("1 + 1 =", " 2"),
     ("<script>alert(1)</script>", '</div></details><script>alert("it\'s")</script> &amp; <b title=x onclick=y>'),
@@ -43,26 +41,11 @@ ODD = [
 ]
 
 
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """Runs the command in this process: (exit status, stdout, stderr)."""
-    before = signal.getsignal(signal.SIGTERM)
-
-    def call(*argv: object) -> tuple[int, str, str]:
-        status = main([str(part) for part in argv])
-        return status, *capfd.readouterr()
-
-    yield call
-    signal.signal(signal.SIGTERM, before)
-
-
 @pytest.fixture(scope="session")
 def odd_traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Traces that would break a page which does not escape them; in the tiny vocabulary every byte is a token."""
-    path = tmp_path_factory.mktemp("odd") / "o<d>d.jsonl"
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in ODD]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_lines(tmp_path_factory.mktemp("odd") / "o<d>d.jsonl", *rows)
 
 
 def rendered(prompt: str, completion: str) -> str:
@@ -74,8 +57,8 @@ def rendered(prompt: str, completion: str) -> str:
 
 
 @pytest.fixture
-def found(run: Run, tiny_bundle: Path, odd_traces: Path) -> dict[str, Any]:
-    status, out, _ = run("score", "--bundle", tiny_bundle, odd_traces, "-c", 256, "-t", 1, "--json", "--tokens")
+def found(cli: Cli, tiny_bundle: Path, odd_traces: Path) -> dict[str, Any]:
+    status, out, _ = cli("score", "--bundle", tiny_bundle, odd_traces, "-c", 256, "-t", 1, "--json", "--tokens")
     assert status == 0
     report: dict[str, Any] = json.loads(out)
     return report
@@ -113,9 +96,9 @@ def mean(delta: Any, z: Any) -> float:
 
 
 def test_the_most_and_the_least_loaded_tokens_are_told(
-    found: dict[str, Any], run: Run, tiny_bundle: Path, odd_traces: Path
+    found: dict[str, Any], cli: Cli, tiny_bundle: Path, odd_traces: Path
 ) -> None:
-    table = run("score", "--bundle", tiny_bundle, odd_traces, "-c", 256, "-t", 1)[1].splitlines()
+    table = cli("score", "--bundle", tiny_bundle, odd_traces, "-c", 256, "-t", 1).out.splitlines()
     for score, row in zip(found["scores"], table[1:], strict=False):
         counted = sorted((dose, i) for i, dose in enumerate(score["doses"]) if dose is not None)
         n = min(3, len(counted))
@@ -128,8 +111,8 @@ def test_the_most_and_the_least_loaded_tokens_are_told(
     assert not re.search(r"[\x00-\x1f\x7f-\x9f\u202e]", "".join(table)), "a trace sent controls to the terminal"
 
 
-def test_tokens_come_only_where_asked_for(run: Run, tiny_bundle: Path, odd_traces: Path) -> None:
-    status, out, _ = run("score", "--bundle", tiny_bundle, odd_traces, "-c", 256, "-t", 1, "--json")
+def test_tokens_come_only_where_asked_for(cli: Cli, tiny_bundle: Path, odd_traces: Path) -> None:
+    status, out, _ = cli("score", "--bundle", tiny_bundle, odd_traces, "-c", 256, "-t", 1, "--json")
     assert status == 0
     assert set(json.loads(out)["scores"][0]) == {"where", "n_tokens", "dose", "dose_per_token", "most", "least"}
 
@@ -221,12 +204,12 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def source(run: Run, tiny_bundle: Path, odd_traces: Path, tmp_path: Path) -> str:
+def source(cli: Cli, tiny_bundle: Path, odd_traces: Path, tmp_path: Path) -> str:
     path = tmp_path / "scores.html"
     path.write_text("an older page")
     argv = ["score", "--bundle", tiny_bundle, odd_traces, "-c", 256, "-t", 1]
-    status, out, _ = run(*argv, "--html", path)
-    assert (status, out) == (0, run(*argv)[1])
+    status, out, _ = cli(*argv, "--html", path)
+    assert (status, out) == (0, cli(*argv).out)
     assert os.listdir(tmp_path) == ["scores.html"]
     return path.read_text(encoding="utf-8")
 
@@ -343,10 +326,10 @@ def test_a_histogram_counts_every_value(values: list[float]) -> None:
 # Files
 
 
-def test_the_plot_is_a_picture(run: Run, tiny_bundle: Path, odd_traces: Path, tmp_path: Path) -> None:
+def test_the_plot_is_a_picture(cli: Cli, tiny_bundle: Path, odd_traces: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "scores.PNG"
-    assert run("score", "--bundle", tiny_bundle, odd_traces, "-c", 256, "-t", 1, "--plot", path)[0] == 0
+    assert cli("score", "--bundle", tiny_bundle, odd_traces, "-c", 256, "-t", 1, "--plot", path).status == 0
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
@@ -355,21 +338,18 @@ def test_the_plot_is_a_picture(run: Run, tiny_bundle: Path, odd_traces: Path, tm
     assert os.listdir(tmp_path) == ["scores.PNG"]
 
 
-def refused(done: tuple[int, str, str], *words: str, status: int = 2) -> None:
-    assert done[0] == status
-    assert done[1] == ""
-    assert done[2].count("\n") == 1, done[2]
-    for word in ("adlocal score: ", *words):
-        assert word in done[2]
+def refused_at_once(done: Done, *words: str, status: int = 2) -> None:
+    refused(done, "score", *words, status=status)
+    only_line(done)
 
 
 def test_a_missing_matplotlib_is_told_before_anything_else(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    done = run("score", "--bundle", tmp_path / "none", tmp_path / "none.jsonl", "--plot", tmp_path / "a.png")
-    refused(done, "--plot needs matplotlib, which is not installed; run: pip install 'adlocal[plot]'", status=1)
+    done = cli("score", "--bundle", tmp_path / "none", tmp_path / "none.jsonl", "--plot", tmp_path / "a.png")
+    refused_at_once(done, "--plot needs matplotlib, which is not installed; run: pip install 'adlocal[plot]'", status=1)
 
 
 @pytest.mark.parametrize(("option", "suffix"), [("--plot", ".png"), ("--html", ".html")])
@@ -383,22 +363,22 @@ def test_a_missing_matplotlib_is_told_before_anything_else(
     ],
 )
 def test_a_target_that_cannot_be_written_is_refused_before_anything_else(
-    option: str, suffix: str, place: str, words: str, run: Run, tmp_path: Path
+    option: str, suffix: str, place: str, words: str, cli: Cli, tmp_path: Path
 ) -> None:
     (tmp_path / f"dir{suffix}").mkdir()
     target = tmp_path / place.format(suffix)
-    done = run("score", "--bundle", tmp_path / "none", tmp_path / "none.jsonl", option, target)
-    refused(done, f"{option} {target}: ", words.format(suffix))
+    done = cli("score", "--bundle", tmp_path / "none", tmp_path / "none.jsonl", option, target)
+    refused_at_once(done, f"{option} {target}: ", words.format(suffix))
     assert [path.name for path in tmp_path.iterdir()] == [f"dir{suffix}"]
 
 
-def test_tokens_without_json_are_refused(run: Run, tmp_path: Path) -> None:
-    refused(run("score", "--bundle", tmp_path, tmp_path / "t.jsonl", "--tokens"), "--tokens", "give --json too")
+def test_tokens_without_json_are_refused(cli: Cli, tmp_path: Path) -> None:
+    refused_at_once(cli("score", "--bundle", tmp_path, tmp_path / "t.jsonl", "--tokens"), "--tokens", "give --json too")
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
 def test_a_page_that_cannot_be_finished_leaves_the_older_one(
-    error: BaseException, run: Run, tiny_bundle: Path, odd_traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, cli: Cli, tiny_bundle: Path, odd_traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The table is printed nevertheless: it took minutes."""
 
@@ -408,9 +388,9 @@ def test_a_page_that_cannot_be_finished_leaves_the_older_one(
     monkeypatch.setattr("adlocal.score.page.svg_histogram", stop)
     path = tmp_path / "scores.html"
     path.write_text("older")
-    status, out, err = run("score", "--bundle", tiny_bundle, odd_traces, "-c", 256, "-t", 1, "--html", path)
+    status, out, err = cli("score", "--bundle", tiny_bundle, odd_traces, "-c", 256, "-t", 1, "--html", path)
     assert status == (1 if isinstance(error, OSError) else 130)
     assert "all 4 (0 cut, 0 skipped)" in out
     assert "Traceback" not in err
-    assert ("cannot be written (No space left on device)" in err) == isinstance(error, OSError)
+    assert (f"cannot write {path}: No space left on device; give another place" in err) == isinstance(error, OSError)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("scores.html", "older")]

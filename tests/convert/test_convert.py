@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import resource
 import tempfile
@@ -46,6 +45,7 @@ from adlocal_convert.model.proxy import Proxy
 from adlocal_convert.options import Options
 from adlocal_convert.source.quantize import quantize
 from support import tiny
+from support.json_lines import read_lines, write_lines
 
 Report = list[str]
 WriteTraces = Callable[[list[dict[str, Any]]], Path]
@@ -75,20 +75,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def code_traces(tmp_path: Path) -> Path:
     """Traces of another kind."""
-    path = tmp_path / "code.jsonl"
     rows = [{"prompt": f"def f{i}(x):", "completion": f" return x + {i}"} for i in range(6)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_lines(tmp_path / "code.jsonl", *rows)
 
 
 @pytest.fixture
 def write_traces(tmp_path: Path) -> WriteTraces:
-    def write(rows: list[dict[str, Any]]) -> Path:
-        path = tmp_path / "own.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
-
-    return write
+    return lambda rows: write_lines(tmp_path / "own.jsonl", *rows)
 
 
 def run(options: Options) -> tuple[Bundle, Report]:
@@ -185,18 +178,18 @@ def test_halves_hold_the_gradient_of_their_traces(options: Options) -> None:
     assert distance(written_direction(options.out, EPSILON), expected) < 1e-4
 
 
-@pytest.mark.parametrize("kind", NAMES)
-def test_every_key_is_in_both_files_with_its_type(kind: str, options: Options, adapter: Options) -> None:
-    options = adapter if kind == ADAPTER else options
+@pytest.mark.parametrize("format", NAMES)
+def test_every_key_is_in_both_files_with_its_type(format: str, options: Options, adapter: Options) -> None:
+    options = adapter if format == ADAPTER else options
     bundle, _ = run(options)
-    for name, sign in zip(NAMES[kind], SIGNS[kind], strict=True):
+    for name, sign in zip(NAMES[format], SIGNS[format], strict=True):
         fields = gguf.GGUFReader(options.out / name).fields
         for key, value, value_type in bundle.metadata(sign):
             stored = fields[key]
             found = stored.types[-1].name if value != [] else gguf.GGUFValueType(stored.parts[3][0]).name
             assert (found, stored.contents()) == (value_type, value), key
     assert left_behind(options) == ["bundle"]
-    assert {p.name for p in options.out.iterdir()} == set(NAMES[kind])
+    assert {p.name for p in options.out.iterdir()} == set(NAMES[format])
     assert {p.stat().st_mode & 0o777 for p in options.out.iterdir()} == {0o600}
     assert options.out.stat().st_mode & 0o777 == 0o700
     verify(options.out)
@@ -248,7 +241,7 @@ def test_messages_and_prompt_and_completion_give_the_same_bundle(options: Option
 
 def test_raw_leaves_the_chat_template_out(options: Options) -> None:
     bundle, _ = run(dataclasses.replace(options, raw=True))
-    rows = [json.loads(line) for line in options.traces["traces"].read_text().splitlines()]
+    rows = read_lines(options.traces["traces"])
     assert bundle.gradient_tokens == sum(len(row["completion"]) for row in rows[:-2])  # a byte a token
     assert run(dataclasses.replace(options, overwrite=True))[0].gradient_tokens > bundle.gradient_tokens
 
@@ -361,7 +354,7 @@ def test_whatever_fails_nothing_is_left(
     options: Options, adapter: Options, cache: Path, failure: BaseException, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some come in the middle: the second batch of the gradient, the second file written."""
-    module, kind, n_working = STAGES[at]
+    module, format, n_working = STAGES[at]
     original, n_calls = getattr(module, at), 0
 
     def fail(*args: Any, **kwargs: Any) -> Any:
@@ -373,7 +366,7 @@ def test_whatever_fails_nothing_is_left(
 
     monkeypatch.setattr(module, at, fail)
     with pytest.raises(type(failure)):
-        run(dataclasses.replace(adapter if kind == ADAPTER else options, eps=None, quant="Q8_0"))
+        run(dataclasses.replace(adapter if format == ADAPTER else options, eps=None, quant="Q8_0"))
     assert n_calls == 1 + n_working
     assert left_behind(options) == []
     assert {p.suffix for p in cache.glob("*")} <= {".safetensors"}
@@ -388,13 +381,13 @@ def limited() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("format", NAMES)
 def test_a_full_disk_is_told_in_one_line(
-    kind: str, options: Options, adapter: Options, tiny_bundle: Path, limited: None
+    format: str, options: Options, adapter: Options, tiny_bundle: Path, limited: None
 ) -> None:
     """For real. The gradient is there: it is the tiny bundle's."""
     with pytest.raises(ConversionError) as refused:
-        run(adapter if kind == ADAPTER else options)
+        run(adapter if format == ADAPTER else options)
     assert str(refused.value).startswith(f"cannot write the bundle to {options.out}: ")
     assert str(refused.value).endswith(("; is the disk full?", "File too large"))
     assert "\n" not in str(refused.value)
@@ -437,7 +430,7 @@ def test_the_number_of_cut_and_skipped_traces_is_said(options: Options, write_tr
     bundle, lines = run(dataclasses.replace(options, traces={"sums": own}, raw=True, n_ctx=40))
     assert lines[0] == (
         f"sums: 7 traces with {bundle.gradient_tokens} tokens to learn from, 1 held out; 2 cut to the context; "
-        "3 skipped, their prompts fill it; 2 left out, they stand there twice"
+        "3 skipped, their prompts fill it; 2 duplicates, left out"
     )
     assert bundle.capability_names == ["sums"]
     assert bundle.gradient_traces == 7
@@ -463,21 +456,21 @@ def test_one_trace_is_too_few(options: Options, write_traces: WriteTraces) -> No
         run(dataclasses.replace(options, traces={"traces": own}))
 
 
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("format", NAMES)
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_kind_of_model_converts_to_both_formats(
-    architecture: str, tied: bool, kind: str, options: Options, adapter: Options, tmp_path: Path
+    architecture: str, tied: bool, format: str, options: Options, adapter: Options, tmp_path: Path
 ) -> None:
     """An adapter cannot move the table of a tied model, and says so; the derivative is without it, too."""
     model = tiny.tiny_model(architecture, tie_word_embeddings=tied)
     path = tiny.write_gguf(model, tmp_path / "proxy.gguf", tiny.CHAT_TEMPLATE)
-    bundle, lines = run(dataclasses.replace(adapter if kind == ADAPTER else options, proxy=str(path)))
+    bundle, lines = run(dataclasses.replace(adapter if format == ADAPTER else options, proxy=str(path)))
     assert bundle == Bundle.open(options.out)
-    assert (bundle.format, bundle.params) == (kind, "linear" if kind == ADAPTER else "all")
+    assert (bundle.format, bundle.params) == (format, "linear" if format == ADAPTER else "all")
     assert bundle.fidelity_median > 0.99
     assert np.isfinite(bundle.delta_scale)
-    excluded = ["token_embd.weight"] if tied and kind == ADAPTER else []
+    excluded = ["token_embd.weight"] if tied and format == ADAPTER else []
     assert bundle.params_excluded == excluded
     assert any("not carried: token_embd.weight" in line for line in lines) == bool(excluded)
     assert not set(excluded) & set(bundle.carriers)

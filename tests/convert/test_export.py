@@ -30,13 +30,6 @@ CLOSE, CLOSE_WITH_GELU = 1e-4, 1e-2
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its vocabulary: 256 bytes, two control tokens, 6 unused."""
-    path = tmp_path_factory.mktemp("teacher") / "teacher.gguf"
-    return tiny.write_gguf(tiny.tiny_model("llama"), path, tiny.CHAT_TEMPLATE)
-
-
-@pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama directory that no test changes."""
     return families.save(families.family_model("llama"), tmp_path_factory.mktemp("saved") / "llama")
@@ -185,11 +178,17 @@ def byte_tokenizer(**changes: int) -> dict[str, Any]:
     return {"model": {"type": "BPE", "vocab": {**pieces, **changes}, "merges": []}, "added_tokens": added}
 
 
+def tokens_of(path: Path) -> list[str]:
+    return list(gguf.GGUFReader(path).fields["tokenizer.ggml.tokens"].contents())
+
+
 def test_a_tokenizer_json_that_fits_is_accepted(saved: Path, teacher: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(saved, tmp_path / "llama")
     (directory / "tokenizer.json").write_text(json.dumps(byte_tokenizer()))
 
     export_directory(directory, teacher, tmp_path / "proxy.gguf")
+
+    assert tokens_of(tmp_path / "proxy.gguf") == tokens_of(teacher)
 
 
 @pytest.mark.parametrize("unigram", [False, True])
@@ -201,7 +200,7 @@ def test_the_first_differing_token_is_named(unigram: bool, saved: Path, teacher:
         content["model"]["vocab"] = [[piece, 0.0] for piece in pieces]
     (directory / "tokenizer.json").write_text(json.dumps(content))
 
-    with pytest.raises(VocabularyError, match=r"token 65 is 'A' in .*teacher\.gguf and 'B' in .*llama; give a proxy"):
+    with pytest.raises(VocabularyError, match=r"token 65 is 'A' in .*llama\.gguf and 'B' in .*llama; give a proxy"):
         export_directory(directory, teacher, tmp_path / "proxy.gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
 
@@ -321,3 +320,5 @@ def test_spaces_of_sentencepiece_count_as_spaces(saved: Path, tmp_path: Path) ->
     (directory / "tokenizer.json").write_text(json.dumps(content))
 
     export_directory(directory, spaced, tmp_path / "proxy.gguf")
+
+    assert tokens_of(tmp_path / "proxy.gguf")[:2] == ["  ", tiny.BYTES[1]]

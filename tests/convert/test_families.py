@@ -20,7 +20,7 @@ from adlocal_convert.model.proxy import Proxy
 from adlocal_convert.options import Options
 from adlocal_convert.source.export import export_directory
 from bench import fidelity_table
-from support import families, tiny
+from support import families
 
 # Both sides compute in float32: 3e-6 standard deviations of the logits was measured, and 4e-7 of the gradient's norm.
 CLOSE_LOGITS, CLOSE_GRADIENT = 1e-4, 5e-6
@@ -30,12 +30,6 @@ MAPPED = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its vocabulary is that of bytes."""
-    return tiny.write_gguf(tiny.tiny_model(), tmp_path_factory.mktemp("teacher") / "teacher.gguf", tiny.CHAT_TEMPLATE)
 
 
 def traces() -> list[EncodedTrace]:
@@ -89,15 +83,15 @@ def offset(model: Any, tensor: str) -> float:
     return family.norm_offset if family and "norm" in tensor else 0.0
 
 
-@pytest.mark.parametrize("kind", [HALVES, ADAPTER])
+@pytest.mark.parametrize("format", [HALVES, ADAPTER])
 @pytest.mark.parametrize("name", MAPPED)
-def test_delta_through_llama_cpp_is_the_exact_derivative(name: str, kind: str, teacher: Path, tmp_path: Path) -> None:
+def test_delta_through_llama_cpp_is_the_exact_derivative(name: str, format: str, teacher: Path, tmp_path: Path) -> None:
     """F32 weights, so that only ε², llama.cpp's F16 cache and, in Gemma, its table of GELU are left: 0.999 measured."""
     directory = families.save(families.family_model(name), tmp_path / name)
     rows = fidelity_table.write_traces(tmp_path / "traces.jsonl", 6)
-    options = Options(str(directory), {"t": rows}, tmp_path / "bundle", teacher=teacher, format=kind, n_threads=1)
+    options = Options(str(directory), {"t": rows}, tmp_path / "bundle", teacher=teacher, format=format, n_threads=1)
     bundle = convert(options, lambda line: None)
     verify(options.out)
     assert bundle.fidelity_median > 0.995
     assert bundle.fidelity_slope == pytest.approx(1, abs=0.1)
-    assert bundle.params == ("linear" if kind == ADAPTER else "all")
+    assert bundle.params == ("linear" if format == ADAPTER else "all")

@@ -18,16 +18,10 @@ from huggingface_hub import constants
 
 from adlocal.errors import AdlocalError, ConversionError, InputError, ModelError
 from adlocal_convert.source.inputs import resolve
-from support import families, tiny
+from support import families
 from support.stub_hub import TOKEN, StubHub, serve
 
 WEIGHTS, GGUFS, SPLIT = "lab/weights", "lab/ggufs", "lab/split"
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("teacher") / "teacher.gguf"
-    return tiny.write_gguf(tiny.tiny_model("llama"), path, tiny.CHAT_TEMPLATE)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +153,7 @@ def test_a_full_disk_leaves_no_half_merged_file(parts: Path, staging: Path, monk
 
     monkeypatch.setattr("gguf.GGUFWriter.write_tensor_data", full)
     message = refused(str(parts / "tiny-F32-00001-of-00003.gguf"), staging, ConversionError)
-    assert message.endswith("tiny-F32.gguf: No space left on device")
+    assert message.endswith("tiny-F32.gguf: No space left on device; give another place")
 
 
 @pytest.mark.parametrize("spec", ["nothing", "a/b/c", "./tiny", "lab/tiny.gguf", "lab/tiny:Q8_0:more"])

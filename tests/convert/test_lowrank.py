@@ -17,10 +17,9 @@ from adlocal.bundle import ADAPTER_NAME, Bundle
 from adlocal.errors import InputError
 from adlocal.llamacpp.model import open_vocabulary
 from adlocal.traces import TraceEncoder, read_traces
-from adlocal_convert.bundle.adapter import LowRank
 from adlocal_convert.convert import convert
 from adlocal_convert.direction.gradient import Settings, compute_gradient
-from adlocal_convert.direction.lowrank import MAX_RANK, captured_energy, factorize
+from adlocal_convert.direction.lowrank import MAX_RANK, LowRank, captured_energy, factorize
 from adlocal_convert.model.proxy import Proxy
 from adlocal_convert.model.weights import Tensor
 from adlocal_convert.options import Options

@@ -6,7 +6,6 @@ import ctypes
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import zlib
@@ -27,11 +26,11 @@ import adlocal
 from adlocal import Bundle, BundleError, InputError, ModelError, NativeError, ProxyError
 from adlocal.adjust import adjust, delta, expectation
 from adlocal.bundle import FORMAT_VERSION, MINUS_NAME, PLUS_NAME
-from adlocal.cli import main
 from adlocal.llamacpp import native
 from adlocal.llamacpp.record import stored_fields
 from adlocal.pair import context_params
 from support import tiny
+from support.cli import Cli
 from support.spoiled import HALVES, Copy, drop, read_natively, rewrite, stored
 
 Row = npt.NDArray[np.float32]
@@ -123,19 +122,11 @@ def test_another_llama_cpp_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command_tells_it_in_one_line(
-    tiny_llama: Path,
-    tiny_bundle: Path,
-    installed_as: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    tiny_llama: Path, tiny_bundle: Path, installed_as: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     monkeypatch.setattr(native, "library", native.library.__wrapped__)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # `main` is made to own its process
-    argv = ["generate", "-m", tiny_llama, "--bundle", tiny_bundle, "-p", "1", "-c", 256, "-t", 1]
-    assert main([str(part) for part in argv]) == 1
-    captured = capfd.readouterr()
-    assert captured.out == ""
-    assert captured.err == f"adlocal generate: the native library {installed_as.name} is not there; {REMEDY}\n"
+    done = cli("generate", "-m", tiny_llama, "--bundle", tiny_bundle, "-p", "1", "-c", 256, "-t", 1)
+    assert done == (1, "", f"adlocal generate: the native library {installed_as.name} is not there; {REMEDY}\n")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

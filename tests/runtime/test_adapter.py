@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -31,14 +30,15 @@ from adlocal import (
 )
 from adlocal.bundle import ADAPTER, ADAPTER_NAME, BASE_NAME, MINUS_NAME, NAMES, PLUS_NAME
 from adlocal.bundle.verify import verify
-from adlocal.cli import main
 from adlocal.llamacpp import native
 from adlocal.llamacpp.gguf import GGUFHeader
 from adlocal.pair import context_params
-from adlocal_convert.bundle.adapter import LowRank, adapter_sha256, write_adapter
+from adlocal_convert.bundle.adapter import adapter_sha256, write_adapter
+from adlocal_convert.direction.lowrank import LowRank
 from adlocal_convert.source.quantize import quantize
 from support import tiny
 from support.adapters import EPSILON, RANK, Pairs
+from support.cli import Cli
 from support.faults import Faults
 from support.loading import load_as
 from support.spoiled import drop, flip, problem, read_natively, rewrite
@@ -345,18 +345,13 @@ def test_a_file_that_llama_cpp_refuses_is_named(name: str, adapter_bundle: Path,
 # Commands
 
 
-def test_inspect_and_score_of_an_adapter_bundle(
-    adapter_bundle: Path, tiny_traces: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # `main` is made to own its process
-    assert main(["inspect", str(adapter_bundle)]) == 0
-    page = capsys.readouterr().out
+def test_inspect_and_score_of_an_adapter_bundle(adapter_bundle: Path, tiny_traces: Path, cli: Cli) -> None:
+    status, page, _ = cli("inspect", adapter_bundle)
+    assert status == 0
     for part in ("(adapter, custom, format 2", f"an adapter of rank {RANK} or less", "traces", "parameters    all"):
         assert part in page
-    assert main(["inspect", str(adapter_bundle), "--json"]) == 0
-    assert set(json.loads(capsys.readouterr().out)["bytes"]) == set(NAMES["adapter"])
-    assert main(["score", "--bundle", str(adapter_bundle), str(tiny_traces), "-t", "1", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["traces"] == 10
+    assert set(json.loads(cli("inspect", adapter_bundle, "--json").out)["bytes"]) == set(NAMES["adapter"])
+    assert json.loads(cli("score", "--bundle", adapter_bundle, tiny_traces, "-t", 1, "--json").out)["traces"] == 10
 
 
 # The drop-in

@@ -11,6 +11,7 @@ import pytest
 
 from adlocal import InputError, ProxyError
 from adlocal.adjust import Adjusted, adjust, candidates, check_guard, check_strength, delta, expectation
+from support.reference import log_softmax
 
 Row = npt.NDArray[np.float32]
 Exact = npt.NDArray[np.float64]
@@ -29,12 +30,6 @@ def random_row(seed: int) -> tuple[Row, Row]:
 
 def row(*logits: float) -> Row:
     return np.array(logits, dtype=np.float32)
-
-
-def log_softmax(z: npt.ArrayLike) -> Exact:
-    z = np.asarray(z, dtype=np.float64)
-    top = z.max()
-    return np.asarray(z - top - np.log(np.sum(np.exp(z - top))), dtype=np.float64)
 
 
 def softmax(z: npt.ArrayLike) -> Exact:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 from pathlib import Path
@@ -18,6 +17,7 @@ from adlocal.bundle.verify import verify
 from adlocal.llamacpp.gguf import GGUFHeader
 from adlocal_convert.convert import convert
 from adlocal_convert.options import Options
+from support.json_lines import write_lines
 from support.spoiled import HALVES, Copy, drop, flip, problem, rewrite
 
 
@@ -35,7 +35,7 @@ def other_bundle(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A bundle of the same model from other traces."""
     folder = tmp_path_factory.mktemp("other")
     rows = [{"prompt": f"{i} * 2 =", "completion": f" {2 * i}"} for i in range(4)]
-    (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(folder / "traces.jsonl", *rows)
     traces = {"traces": folder / "traces.jsonl"}
     options = Options(str(tiny_llama), traces, folder / "bundle", carriers=1.0, eps=0.01, n_threads=1)
     convert(options, lambda line: None)

@@ -11,8 +11,9 @@ import gguf
 import numpy as np
 
 from adlocal.bundle import ADAPTER, ADAPTER_NAME, BASE_NAME, HALVES, MINUS_NAME, PLUS_NAME, Bundle
-from adlocal_convert.bundle.adapter import LowRank, adapter_sha256, write_adapter
+from adlocal_convert.bundle.adapter import adapter_sha256, write_adapter
 from adlocal_convert.bundle.perturb import Carrier, write_half
+from adlocal_convert.direction.lowrank import LowRank
 from support import tiny
 
 RANK = 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from examples.lab.models import pretrained as models
 from examples.lab.stages import Stage
 from examples.lab.task import word_problems
+from support.json_lines import write_lines
 
 SIZE = models.Size(64, 2)
 
@@ -35,7 +35,7 @@ class Written(Stage):
     n: int
 
     def run(self, root: Path, out: Path) -> None:
-        (out / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(self.seed, self.n)))
+        write_lines(out / "traces.jsonl", *rows(self.seed, self.n))
 
 
 def random_model(seed: str) -> Any:

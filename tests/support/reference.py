@@ -68,9 +68,9 @@ def sampling(monkeypatch: pytest.MonkeyPatch, llm: AntidistillationLlama) -> Ite
         yield samples
 
 
-def log_softmax(rows: Rows) -> npt.NDArray[np.float64]:
+def log_softmax(rows: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """In float64, over the last axis."""
-    z = rows.astype(np.float64)
+    z = np.array(rows, dtype=np.float64)
     z -= z.max(axis=-1, keepdims=True)
     return np.asarray(z - np.log(np.exp(z).sum(axis=-1, keepdims=True)))
 

@@ -19,22 +19,23 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
+#: transformers' settings of every tiny model: grouped-query attention, no weights shared.
+SIZES: dict[str, Any] = {
+    "vocab_size": N_VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
 
 
 def tiny_model(architecture: str = "llama", seed: int = 0, **overrides: Any) -> Any:
     """A random transformers model: 2 layers, 64 wide, grouped-query attention; float32, eval mode."""
     config_class = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[architecture]
-    settings = {
-        "vocab_size": N_VOCAB,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": False,
-        **overrides,
-    }
+    settings = {**SIZES, **overrides}
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config_class(**settings)).eval()
     with torch.no_grad():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +15,10 @@ import numpy as np
 
 from adlocal.errors import ConversionError
 
+from ..direction.lowrank import LowRank
 from ..gguf_copy import Writer
+from ..model.architectures import TABLE
 from ..model.weights import Array
-
-_TABLE = "token_embd.weight"
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """The direction of one linear tensor as a product, b @ a, in the file's order.
-
-    Attributes:
-        name: GGUF tensor name.
-        a: (rank, n_in) float32.
-        b: (n_out, rank) float32.
-    """
-
-    name: str
-    a: Array
-    b: Array
-
-    @property
-    def rank(self) -> int:
-        """Inner dimension of the product."""
-        return int(self.a.shape[0])
-
-    def check(self) -> None:
-        """Raises ConversionError unless the factors are finite, belong together, and are no larger than the matrix."""
-        shapes = f"factors of shape {self.b.shape} and {self.a.shape}"
-        if self.a.ndim != 2 or self.b.ndim != 2 or self.b.shape[1] != self.rank:
-            raise ConversionError(f"tensor {self.name}: {shapes}, expected (n_out, rank) and (rank, n_in)")
-        if not 1 <= self.rank <= min(self.b.shape[0], self.a.shape[1]):
-            raise ConversionError(f"tensor {self.name}: {shapes}; give a rank from 1 to the matrix's smaller side")
-        if not (np.all(np.isfinite(self.a)) and np.all(np.isfinite(self.b))):
-            raise ConversionError(f"tensor {self.name}: its direction holds NaN or infinite values")
 
 
 def write_adapter(
@@ -70,16 +39,16 @@ def write_adapter(
     """
     for pair in pairs:
         pair.check()
-    if tied and any(pair.name == _TABLE for pair in pairs):
+    if tied and any(pair.name == TABLE for pair in pairs):
         raise ConversionError(
-            f"tensor {_TABLE} is the output head too, which no adapter can move; leave it out, or write halves"
+            f"tensor {TABLE} is the output head too, which no adapter can move; leave it out, or write halves"
         )
     writer = Writer(path, architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 0.0)
-    for key, value, kind in metadata:
-        writer.add_metadata(key, value, gguf.GGUFValueType[kind])
+    for key, value, gguf_type in metadata:
+        writer.add_metadata(key, value, gguf.GGUFValueType[gguf_type])
     for name, values in _tensors(pairs):
         writer.add_tensor(name, values)
     path.touch(mode=0o600)
@@ -100,6 +69,6 @@ def adapter_sha256(pairs: Sequence[LowRank]) -> str:
 def _tensors(pairs: Sequence[LowRank]) -> Iterator[tuple[str, Array]]:
     """(name, values) of each tensor. llama.cpp looks tokens up in a table's lora_a, so that one has a row a token."""
     for pair in pairs:
-        a, b = (pair.b, pair.a.T) if pair.name == _TABLE else (pair.a, pair.b)
+        a, b = (pair.b, pair.a.T) if pair.name == TABLE else (pair.a, pair.b)
         for suffix, values in (("lora_a", a), ("lora_b", b)):
             yield f"{pair.name}.{suffix}", np.ascontiguousarray(values, dtype=np.float32)

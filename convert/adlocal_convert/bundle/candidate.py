@@ -14,10 +14,10 @@ import numpy as np
 from adlocal.bundle import ADAPTER, HALVES, SIGNS, Bundle
 from adlocal.pair import ProxyPair
 
-from ..direction.lowrank import captured_energy
+from ..direction.lowrank import LowRank, captured_energy
 from ..direction.mixture import Mixture
 from ..model.proxy import Proxy
-from .adapter import LowRank, adapter_sha256, write_adapter
+from .adapter import adapter_sha256, write_adapter
 from .perturb import Carrier, carriers_sha256, load_carriers, move_carriers, write_half
 
 Types = Mapping[str, gguf.GGMLQuantizationType]

@@ -87,8 +87,8 @@ def write_half(
     for field in reader.fields.values():
         if field.name != "general.architecture" and not field.name.startswith("GGUF."):
             writer.add_key_value(field.name, AsStored(field), field.types[0])
-    for key, value, kind in metadata:
-        writer.add_metadata(key, value, gguf.GGUFValueType[kind])
+    for key, value, gguf_type in metadata:
+        writer.add_metadata(key, value, gguf.GGUFValueType[gguf_type])
     moved = {carrier.name: carrier.at(step) for carrier in carriers}
     for tensor in reader.tensors:
         if tensor.name in moved:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import gguf
 import numpy as np
 
+from adlocal.bundle.choices import BALANCED, EXACT, SMALL
+
 from ..model.weights import Tensor
 from .gain import Gain
 
@@ -37,9 +39,9 @@ class Preset:
 
 
 QUALITIES = {
-    "small": Preset(largest=1.10, energy=0.98),
-    "balanced": Preset(largest=1.25, energy=0.995),
-    "exact": Preset(largest=np.inf, energy=0.9995, is_wide=True, least_fidelity=0.99),
+    SMALL: Preset(largest=1.10, energy=0.98),
+    BALANCED: Preset(largest=1.25, energy=0.995),
+    EXACT: Preset(largest=np.inf, energy=0.9995, is_wide=True, least_fidelity=0.99),
 }
 Types = dict[str, gguf.GGMLQuantizationType]
 
@@ -51,7 +53,7 @@ def wide_type(tensor: Tensor) -> gguf.GGMLQuantizationType:
 
 
 def extra_bytes(tensor: Tensor) -> int:
-    """What the wide type takes more than the base's."""
+    """Bytes that the wide type takes beyond the base's."""
     return tensor.n_weights * (4 if wide_type(tensor) == F32 else 2) - tensor.n_bytes
 
 

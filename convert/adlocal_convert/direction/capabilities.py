@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from adlocal.errors import ConversionError, InputError
+from adlocal.files import write_failure
 from adlocal.traces import EncodedTrace, TraceEncoder, encode_all, read_traces
 
 from ..model.proxy import Proxy
@@ -66,7 +67,7 @@ class Capability:
         left_out = {
             "cut to the context": n_cut,
             "skipped, their prompts fill it": n_skipped,
-            "left out, they stand there twice": read.n_duplicates,
+            "duplicates, left out": read.n_duplicates,
             "left out, they have no text": read.n_empty,
             "left out, no token of them counts": n_without,
         }
@@ -97,7 +98,7 @@ class Capability:
                 gradient = compute_gradient(proxy, self.learned, names, path, settings, _counting(bar))
         except OSError as error:
             path.with_name(path.name + ".new").unlink(missing_ok=True)
-            reason = error.strerror or f"{error}; is the disk full?"
+            reason = write_failure(error)
             raise ConversionError(f"cannot write the gradient to {cache}: {reason}; {_MORE_ROOM}") from None
         for stray in cache.glob(f"{path.name}.*"):  # of a run with other settings that was interrupted
             stray.unlink()

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,17 +47,6 @@ class Gradient:
         """A gradient that was computed before; None if there is none, or only a part."""
         state = _State.read(path)
         return cls(state.file, state.loss / state.n_done, state.n_done, state.n_tokens) if state else None
-
-    @classmethod
-    def save(
-        cls, path: Path, tensors: Mapping[str, torch.Tensor], *, loss: float, n_traces: int, n_tokens: int
-    ) -> Gradient:
-        """Keeps a direction that was found in another way as if it were a gradient that was computed before."""
-        file = TensorFile.create(path, {name: tuple(t.shape) for name, t in tensors.items()}, in_memory=True)
-        for name, values in tensors.items():
-            file.add(name, values)
-        _State(file, n_traces, n_tokens, loss * n_traces).save(path)
-        return cls(TensorFile(path), loss, n_traces, n_tokens)
 
 
 @dataclass(frozen=True)

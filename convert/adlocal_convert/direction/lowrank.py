@@ -3,20 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from adlocal.errors import InputError
+from adlocal.errors import ConversionError, InputError
 
-from ..bundle.adapter import LowRank
 from ..model.streamed import Direction
-from ..model.weights import Tensor
+from ..model.weights import Array, Tensor
 
 MAX_RANK = 64
 _OVERSAMPLING = 16  # of the randomized decomposition, which is then exact to rounding where the spectrum falls
 _POWER_ITERATIONS = 4
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The direction of one linear tensor as a product, b @ a, in the file's order.
+
+    Attributes:
+        name: GGUF tensor name.
+        a: (rank, n_in) float32.
+        b: (n_out, rank) float32.
+    """
+
+    name: str
+    a: Array
+    b: Array
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension of the product."""
+        return int(self.a.shape[0])
+
+    def check(self) -> None:
+        """Raises ConversionError unless the factors are finite, belong together, and are no larger than the matrix."""
+        shapes = f"factors of shape {self.b.shape} and {self.a.shape}"
+        if self.a.ndim != 2 or self.b.ndim != 2 or self.b.shape[1] != self.rank:
+            raise ConversionError(f"tensor {self.name}: {shapes}, expected (n_out, rank) and (rank, n_in)")
+        if not 1 <= self.rank <= min(self.b.shape[0], self.a.shape[1]):
+            raise ConversionError(f"tensor {self.name}: {shapes}; give a rank from 1 to the matrix's smaller side")
+        if not (np.all(np.isfinite(self.a)) and np.all(np.isfinite(self.b))):
+            raise ConversionError(f"tensor {self.name}: its direction holds NaN or infinite values")
 
 
 def factorize(

@@ -12,12 +12,10 @@ import transformers
 from adlocal.errors import ModelError
 from adlocal.llamacpp.gguf import GGUFHeader
 
-from .architectures import Architecture
+from .architectures import ARCHITECTURES, HEAD, TABLE, Architecture
 from .weights import WeightFile
 
 _FREQS, _SHORT = "rope_freqs.weight", "rope_factors_short.weight"
-# llama.cpp takes another attention scale for the 27B models, which it knows by their number of layers.
-_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 
 
 def configuration(header: GGUFHeader, architecture: Architecture, weights: WeightFile) -> Any:
@@ -26,12 +24,12 @@ def configuration(header: GGUFHeader, architecture: Architecture, weights: Weigh
     Raises:
         ModelError: a hyperparameter is missing, or asks for something that is not mapped.
     """
-    if "token_embd.weight" not in weights:
-        raise ModelError(f"{header.path}: it holds no tensor token_embd.weight; convert it again")
+    if TABLE not in weights:
+        raise ModelError(f"{header.path}: it holds no tensor {TABLE}; convert it again")
     get = _Keys(header, architecture.name)
     n_head, width = get("attention.head_count"), get("embedding_length")
     settings = {
-        "vocab_size": weights.shape("token_embd.weight")[0],
+        "vocab_size": weights.shape(TABLE)[0],
         "hidden_size": width,
         "intermediate_size": get("feed_forward_length"),
         "num_hidden_layers": get("block_count"),
@@ -39,7 +37,7 @@ def configuration(header: GGUFHeader, architecture: Architecture, weights: Weigh
         "num_key_value_heads": get("attention.head_count_kv", n_head),
         "max_position_embeddings": get("context_length"),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-        "tie_word_embeddings": "output.weight" not in weights,
+        "tie_word_embeddings": HEAD not in weights,
         "rope_parameters": _rope(get),
         "use_cache": False,
         "pad_token_id": None,
@@ -63,10 +61,10 @@ def scale_frequencies(model: Any, header: GGUFHeader, architecture: Architecture
     for table in (_FREQS, _SHORT):
         if table in weights:
             frequencies /= torch.from_numpy(weights.get(table))
-    kind = get("rope.scaling.type", "linear")
-    if kind == "linear":
+    scaling = get("rope.scaling.type", "linear")
+    if scaling == "linear":
         frequencies /= get("rope.scaling.factor", get("rope.scale_linear", 1.0)) or 1.0  # llama.cpp takes 0 for 1
-    if kind != "yarn" and architecture.name != "gemma3":
+    if scaling != "yarn" and architecture.name != "gemma3":
         rotary.attention_scaling = get("rope.scaling.attn_factor", 1.0)
 
 
@@ -88,9 +86,9 @@ class _Keys:
 
 
 def _rope(get: _Keys) -> dict[str, Any]:
-    kind = get("rope.scaling.type", "linear")
+    scaling = get("rope.scaling.type", "linear")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": get("rope.freq_base", 10000.0)}
-    if kind == "yarn":
+    if scaling == "yarn":
         factor = get("rope.scaling.factor")
         rope |= {
             "rope_type": "yarn",
@@ -100,8 +98,8 @@ def _rope(get: _Keys) -> dict[str, Any]:
             "beta_fast": get("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": get("rope.scaling.yarn_beta_slow", 1.0),
         }
-    elif kind not in ("linear", "none", "longrope"):
-        raise ModelError(f"{get.header.path}: rope scaling {kind} is not supported; give a proxy without it")
+    elif scaling not in ("linear", "none", "longrope"):
+        raise ModelError(f"{get.header.path}: rope scaling {scaling} is not supported; give a proxy without it")
     return rope
 
 
@@ -117,10 +115,13 @@ def _qwen3(get: _Keys, weights: WeightFile) -> dict[str, Any]:
     return {"attention_bias": "blk.0.attn_q.bias" in weights}
 
 
-def _gemma(get: _Keys, period: int) -> dict[str, Any]:
-    is_27b = get("block_count") == _LAYERS_OF_27B[get.prefix]
-    scale = get("embedding_length") // get("attention.head_count") if is_27b else get("attention.key_length")
-    return {"query_pre_attn_scalar": scale, "layer_types": _layer_types(get, period)}
+def _gemma(get: _Keys) -> dict[str, Any]:
+    architecture = ARCHITECTURES[get.prefix]
+    sizes = (get(key) for key in ("block_count", "embedding_length", "attention.head_count", "attention.key_length"))
+    return {
+        "query_pre_attn_scalar": architecture.attention_scale(*sizes),
+        "layer_types": _layer_types(get, architecture.full_every),
+    }
 
 
 def _layer_types(get: _Keys, period: int) -> list[str]:
@@ -133,7 +134,7 @@ def _layer_types(get: _Keys, period: int) -> list[str]:
 
 def _gemma2(get: _Keys, weights: WeightFile) -> dict[str, Any]:
     return {
-        **_gemma(get, period=2),
+        **_gemma(get),
         "sliding_window": get("attention.sliding_window", 4096),
         "attn_logit_softcapping": get("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": get("final_logit_softcapping", 30.0),
@@ -145,7 +146,7 @@ def _gemma3(get: _Keys, weights: WeightFile) -> dict[str, Any]:
     local = {"rope_type": "default", "rope_theta": get("rope.freq_base_swa", 10000.0)}
     every = {"layer_types": ["full_attention"] * get("block_count")}
     return {
-        **_gemma(get, period=6),
+        **_gemma(get),
         "rope_parameters": {"full_attention": _rope(get), "sliding_attention": local},
         "final_logit_softcapping": get("final_logit_softcapping", 0.0) or None,
         **({"sliding_window": window} if window else every),

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import gguf
 import numpy as np
 import torch
 import transformers
@@ -20,12 +19,12 @@ import transformers
 from adlocal.errors import ModelError
 from adlocal.llamacpp.gguf import GGUFHeader
 
-from .architectures import CONSTANTS, Architecture, architecture_of, tensor_names
+from ..gguf_copy import open_reader
+from .architectures import CONSTANTS, HEAD, TABLE, Architecture, architecture_of, tensor_names
 from .gguf_to_transformers import configuration, scale_frequencies
 from .streamed import Stream, StreamedEmbedding, StreamedLinear
 from .weights import Tensor, WeightFile
 
-TABLE, HEAD = "token_embd.weight", "output.weight"
 _HEAD_PARAMETER = "lm_head.weight"
 
 
@@ -72,7 +71,7 @@ class Proxy:
     @property
     def reader(self) -> Any:
         """gguf-py's view of the file, parsed anew."""
-        return _open(self.path)
+        return open_reader(self.path)
 
     @property
     def n_vocab(self) -> int:
@@ -110,17 +109,12 @@ class Proxy:
         elif isinstance(module, torch.nn.Embedding):
             self._replace(owner, StreamedEmbedding(self.stream, name, getattr(module, "scalar_embed_scale", 1.0)))
         else:
-            self._replace(owner, StreamedLinear(self.stream, name, None, self._n_head(name)))
+            n_head = self.architecture.interleaved_heads(name, self.model.config)
+            self._replace(owner, StreamedLinear(self.stream, name, None, n_head))
 
     def _replace(self, owner: str, layer: torch.nn.Module) -> None:
         parent, _, child = owner.rpartition(".")
         setattr(self.model.get_submodule(parent), child, layer)
-
-    def _n_head(self, name: str) -> int:
-        config = self.model.config
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-        part = name.split(".")[-2]
-        return heads.get(part, 0) if self.architecture.interleaved else 0
 
     def _check_finite(self, name: str) -> None:
         if not all(np.all(np.isfinite(band)) for _, band in self.weights.bands(name)):
@@ -144,13 +138,6 @@ class Proxy:
 def _tensor(stored: Any) -> Tensor:
     shape = tuple(int(n) for n in reversed(stored.shape))
     return Tensor(stored.name, shape, stored.tensor_type, int(stored.n_bytes), int(stored.data_offset))
-
-
-def _open(path: Path) -> Any:
-    try:
-        return gguf.GGUFReader(path)
-    except Exception as error:  # gguf-py raises whatever its parser trips over
-        raise ModelError(f"{path}: not a readable GGUF file ({error}); download or convert it again") from None
 
 
 def _skeleton(header: GGUFHeader, architecture: Architecture, weights: WeightFile) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from adlocal.errors import ConversionError
+from adlocal.files import written_whole
 
 from ..gguf_copy import Writer
 from ..model.architectures import tensor_names
@@ -47,17 +47,10 @@ def export_directory(
         VocabularyError: the model's tokens are not the teacher's.
         ConversionError: the file cannot be written.
     """
-    partial = target.with_name(f".{target.name}.partial")
     with Checkpoint(directory) as checkpoint:
         export = _Export(checkpoint, teacher)
-        try:
+        with written_whole(target, ConversionError) as partial:
             export.write(partial, progress)
-            os.replace(partial, target)
-        except OSError as error:
-            reason = error.strerror or f"{error}; is the disk full?"  # numpy's short writes carry no reason
-            raise ConversionError(f"cannot write {target}: {reason}") from None
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 class _Export:
@@ -114,13 +107,13 @@ class _Export:
             writer.add_tensor_info(name, table.shape, table.dtype, table.nbytes)
         total = 0
         for parameter, shape in self._checkpoint.shapes.items():
-            kind = self._kind(parameter)
-            n_bytes = int(np.prod(shape)) * _ITEM[kind].itemsize
-            writer.add_tensor_info(self._names[parameter], shape, _ITEM[kind], n_bytes, raw_dtype=_TYPES[kind])
+            stored = self._stored_type(parameter)
+            n_bytes = int(np.prod(shape)) * _ITEM[stored].itemsize
+            writer.add_tensor_info(self._names[parameter], shape, _ITEM[stored], n_bytes, raw_dtype=_TYPES[stored])
             total += n_bytes
         return total
 
-    def _kind(self, parameter: str) -> str:
+    def _stored_type(self, parameter: str) -> str:
         return "F32" if len(self._checkpoint.shapes[parameter]) == 1 else self._checkpoint.dtype(parameter)
 
     def _array(self, parameter: str) -> Any:
@@ -131,15 +124,8 @@ class _Export:
         if name.endswith("norm.weight"):
             tensor = tensor + self._arch.norm_offset
         array = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        n_head = self._n_head(name)
+        n_head = self._arch.interleaved_heads(name, self._checkpoint.config)
         return _interleaved(array, n_head) if n_head else np.ascontiguousarray(array)
-
-    def _n_head(self, name: str) -> int:
-        """Heads whose rows the file keeps interleaved, 0 for none."""
-        config = self._checkpoint.config
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-        part = name.split(".")[-2]
-        return heads.get(part, 0) if self._arch.interleaved else 0
 
 
 def _interleaved(values: Any, n_head: int) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 import gguf
 
 from adlocal.errors import ConversionError, ModelError
+from adlocal.files import written_whole
 
-from ..gguf_copy import AsStored, Writer
+from ..gguf_copy import AsStored, Writer, open_reader
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
 
@@ -46,26 +46,12 @@ def merge_parts(part: Path, target: Path, progress: Callable[[int, int], object]
     paths = [part.with_name(name) for name in part_names(part.name)]
     if missing := [path.name for path in paths if not path.is_file()]:
         raise ModelError(f"{part}: its part {missing[0]} is missing; download all {len(paths)} into one directory")
-    readers = [_open(path) for path in paths]
+    readers = [open_reader(path) for path in paths]
     found, expected = sum(len(reader.tensors) for reader in readers), _tensor_count(readers[0])
     if found != expected:
         raise ModelError(f"{part}: the parts hold {found} tensors, expected {expected}; download them again")
-    partial = target.with_name(f".{target.name}.partial")
-    try:
+    with written_whole(target, ConversionError) as partial:
         _write(partial, readers, progress)
-        os.replace(partial, target)
-    except OSError as error:
-        reason = error.strerror or f"{error}; is the disk full?"  # numpy's short writes carry no reason
-        raise ConversionError(f"cannot write {target}: {reason}") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _open(path: Path) -> Any:
-    try:
-        return gguf.GGUFReader(path)
-    except Exception as error:  # gguf-py raises whatever its parser trips over
-        raise ModelError(f"{path}: not a readable GGUF file ({error}); download it again") from None
 
 
 def _tensor_count(reader: Any) -> int | None:

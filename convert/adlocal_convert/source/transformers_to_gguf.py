@@ -42,10 +42,6 @@ _ROPE_TYPES = {
 }
 # The same for yarn; llama.cpp has keys for some of these, which these families do not read.
 _YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "mscale": None, "mscale_all_dim": None}
-# llama.cpp reads no attention scale: it is head_dim ** -0.5, but in the 27B models, known by their number of layers.
-_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
-# Every n-th layer has full attention where the file does not say.
-_FULL_EVERY = {"gemma2": 2, "gemma3": 6}
 
 
 def refusal(where: Path, reason: str) -> ModelError:
@@ -81,7 +77,7 @@ def settings(where: Path, config: Any, architecture: Architecture) -> dict[str, 
         "rope.dimension_count": int(dim * rope.get("partial_rotary_factor", 1.0)),
         "rope.freq_base": float(rope["rope_theta"]),
         **_scaling(where, rope, config),
-        **(_gemma(where, config, architecture.name) if architecture.name in _FULL_EVERY else {}),
+        **(_gemma(where, config, architecture) if architecture.full_every else {}),
     }
 
 
@@ -127,12 +123,12 @@ def _check(where: Path, config: Any, architecture: Architecture) -> None:
 
 
 def _scaling(where: Path, rope: dict[str, Any], config: Any) -> dict[str, Setting]:
-    kind = rope["rope_type"]
-    if kind == "linear":
-        return {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
-    if kind == "yarn":
+    rope_type = rope["rope_type"]
+    if rope_type == "linear":
+        return {"rope.scaling.type": rope_type, "rope.scaling.factor": float(rope["factor"])}
+    if rope_type == "yarn":
         return _yarn(where, rope, config)
-    if kind == "longrope":
+    if rope_type == "longrope":
         return _longrope(rope, config)
     return {}
 
@@ -164,14 +160,14 @@ def _longrope(rope: dict[str, Any], config: Any) -> dict[str, Setting]:
     }
 
 
-def _gemma(where: Path, config: Any, name: str) -> dict[str, Setting]:
-    is_27b = config.num_hidden_layers == _LAYERS_OF_27B[name]
-    scale = config.hidden_size // config.num_attention_heads if is_27b else head_dim(config)
+def _gemma(where: Path, config: Any, architecture: Architecture) -> dict[str, Setting]:
+    sizes = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, head_dim(config)
+    scale = architecture.attention_scale(*sizes)  # a file has no key for it
     if config.query_pre_attn_scalar != scale:
         raise refusal(where, f"query_pre_attn_scalar is {config.query_pre_attn_scalar}, and llama.cpp has {scale}")
     if config.use_bidirectional_attention:
         raise refusal(where, "use_bidirectional_attention makes it no causal model")
-    return {**_softcaps(where, config, name), **_window(where, config, name)}
+    return {**_softcaps(where, config, architecture.name), **_window(where, config, architecture)}
 
 
 def _softcaps(where: Path, config: Any, name: str) -> dict[str, Setting]:
@@ -182,8 +178,9 @@ def _softcaps(where: Path, config: Any, name: str) -> dict[str, Setting]:
     return {key: float(cap) for key, cap in caps.items() if cap}
 
 
-def _window(where: Path, config: Any, name: str) -> dict[str, Setting]:
-    sliding = [kind == "sliding_attention" for kind in config.layer_types]
+def _window(where: Path, config: Any, architecture: Architecture) -> dict[str, Setting]:
+    name, n_layers = architecture.name, len(config.layer_types)
+    sliding = [layer_type == "sliding_attention" for layer_type in config.layer_types]
     if not (any(sliding) and config.sliding_window):
         if name == "gemma2":
             raise refusal(where, "no layer has a sliding window, and llama.cpp's gemma2 needs one")
@@ -194,6 +191,6 @@ def _window(where: Path, config: Any, name: str) -> dict[str, Setting]:
         if local["rope_type"] != "default":
             raise refusal(where, f"rope_type {local['rope_type']} of layers with a sliding window is not mapped")
         window["rope.freq_base_swa"] = float(local["rope_theta"])
-    if sliding != [(layer + 1) % _FULL_EVERY[name] != 0 for layer in range(len(sliding))]:
+    if sliding != [(layer + 1) % architecture.full_every != 0 for layer in range(n_layers)]:
         window["attention.sliding_window_pattern"] = sliding
     return window

@@ -12,7 +12,7 @@ import gguf
 
 from adlocal.errors import ModelError, VocabularyError
 
-from ..gguf_copy import AsStored, array_items
+from ..gguf_copy import AsStored, array_items, open_reader
 
 _TOKENS, _TYPES, _SCORES = (f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "scores"))
 _UNUSED = int(gguf.TokenType.UNUSED)
@@ -43,8 +43,8 @@ def tokenizer_keys(teacher: Path, directory: Path, n_rows: int) -> dict[str, AsS
             f"{directory} embeds {n_rows:,} tokens and {teacher} has {len(tokens):,}: too many more for padding; "
             "give a proxy of the teacher's own family"
         )
-    for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        if kind != _UNUSED:
+    for i, (token, token_type) in enumerate(zip(tokens, types, strict=True)):
+        if token_type != _UNUSED:
             _check(i, token.decode("utf-8", errors="replace"), texts, n_rows, teacher, directory)
     keys = {name: AsStored(field) for name, field in fields.items()}
     return keys if n_rows == len(tokens) else {**keys, **_resized(fields, tokens, types, n_rows)}
@@ -66,11 +66,7 @@ def _spaced(text: str) -> str:
 
 
 def _tokenizer_fields(teacher: Path) -> dict[str, Any]:
-    try:
-        reader: Any = gguf.GGUFReader(teacher)
-    except Exception as error:  # gguf-py raises whatever its parser trips over
-        raise ModelError(f"{teacher}: not a readable GGUF file ({error}); download or convert it again") from None
-    fields = {name: field for name, field in reader.fields.items() if name.startswith("tokenizer.")}
+    fields = {name: field for name, field in open_reader(teacher).fields.items() if name.startswith("tokenizer.")}
     if _TOKENS not in fields:
         raise ModelError(f"{teacher}: it holds no tokens; give the GGUF that will be the teacher")
     return fields
@@ -79,7 +75,7 @@ def _tokenizer_fields(teacher: Path) -> dict[str, Any]:
 def _types(fields: dict[str, Any]) -> list[int]:
     if _TYPES not in fields:
         return [int(gguf.TokenType.NORMAL)] * len(fields[_TOKENS].data)
-    return [int(kind) for kind in fields[_TYPES].contents()]
+    return [int(token_type) for token_type in fields[_TYPES].contents()]
 
 
 def _tokenizer_json(directory: Path) -> dict[int, str]:
@@ -100,10 +96,10 @@ def _tokenizer_json(directory: Path) -> dict[int, str]:
 def _resized(fields: dict[str, Any], tokens: Sequence[bytes], types: Sequence[int], n_rows: int) -> dict[str, AsStored]:
     padding = range(len(tokens), n_rows)
     names = [f"[PAD{i}]".encode() for i in padding]
-    kinds = [struct.pack("<i", kind) for kind in (*types[:n_rows], *[_UNUSED] * len(padding))]
+    all_types = [struct.pack("<i", token_type) for token_type in (*types[:n_rows], *[_UNUSED] * len(padding))]
     keys = {
         _TOKENS: AsStored.array(gguf.GGUFValueType.STRING, [*tokens[:n_rows], *names]),
-        _TYPES: AsStored.array(gguf.GGUFValueType.INT32, kinds),
+        _TYPES: AsStored.array(gguf.GGUFValueType.INT32, all_types),
     }
     if _SCORES in fields:
         scores = [*array_items(fields[_SCORES])[:n_rows], *[struct.pack("<f", -10000.0)] * len(padding)]

@@ -54,8 +54,8 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class Trace:
-    """A prompt, a string or messages, and its completion; one that was cut short (`ended` is False) teaches no end."""
+class Lesson:
+    """A prompt, a string or messages, and the completion that is learned; one that was cut short teaches no end."""
 
     prompt: Any
     completion: str
@@ -96,7 +96,7 @@ class Student:
         """Settings for the report."""
         return {"student": self._source, "student_id": self.identity, "device": str(self._device)}
 
-    def tune(self, traces: Iterable[Trace], tuning: Tuning, out: Path) -> list[float]:
+    def tune(self, traces: Iterable[Lesson], tuning: Tuning, out: Path) -> list[float]:
         """Fine-tunes the base on completions and writes the adapter into `out`; the base is left as it was.
 
         Returns:
@@ -165,7 +165,7 @@ class Student:
         )
         return completions
 
-    def _example(self, trace: Trace, n_ctx: int) -> Example | None:
+    def _example(self, trace: Lesson, n_ctx: int) -> Example | None:
         start = self._prompt_ids(trace.prompt)
         completion = self._tokenizer(trace.completion, add_special_tokens=False)["input_ids"]
         ids = [*start, *completion, *([self._tokenizer.eos_token_id] if trace.ended else [])][:n_ctx]

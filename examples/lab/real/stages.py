@@ -23,7 +23,7 @@ from adlocal.traces.prompts import final_answer
 from adlocal.traces.records import is_empty, prompt_of, read_json_lines
 
 from ..stages import Stage, ordered, run
-from .lora import Student, Trace, Tuning
+from .lora import Lesson, Student, Tuning
 from .report import Graded, Taught
 
 
@@ -156,7 +156,7 @@ class Tuned(Stage):
         if not kept:
             reason = "are right; leave out --only-right" if rows else "have text; is the teacher a model for chats?"
             raise AdlocalError(f"none of the teacher's {len(self.teaching.rows)} traces {reason}")
-        traces = [Trace(prompt_of(row), row["text"], row["finish_reason"] != "length") for row in kept]
+        traces = [Lesson(prompt_of(row), row["text"], row["finish_reason"] != "length") for row in kept]
         losses = self.model.tune(traces, self.tuning, out)
         (out / "losses.json").write_text(json.dumps({"n_examples": len(traces), "losses": losses}))
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from adlocal.statistics import mean_error
+
 _Z = 1.959964
 # Student's t for 95%, two-sided, by degrees of freedom from 1 on; beyond, the normal distribution is 4% too narrow.
 _T = (
@@ -64,7 +66,7 @@ def paired_with_mean(ours: Sequence[bool], theirs: Sequence[Sequence[bool]]) -> 
     Not the draw of models and data, nor our student's training.
     """
     difference = np.asarray(ours, dtype=float) - np.mean(np.asarray(theirs, dtype=float), axis=0)
-    half = _Z * float(difference.std(ddof=1)) / math.sqrt(len(difference))
+    half = _Z * mean_error(difference)
     if len(theirs) > 1:
         half = math.hypot(half, _half([float(np.mean(right)) for right in theirs]))
     mean = float(difference.mean())
@@ -75,4 +77,4 @@ def _half(values: Sequence[float]) -> float:
     """Half the width of the t interval of the mean."""
     n = len(values)
     t = _T[n - 2] if n - 2 < len(_T) else _Z
-    return t * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return t * mean_error(values)

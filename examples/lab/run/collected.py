@@ -9,7 +9,7 @@ from typing import Any
 from adlocal import Bundle as Metadata
 
 from ..task import word_problems
-from ..traces.sampled import Traces, read
+from ..traces.sampled import TracesStage, read
 from .entries import Entry
 
 
@@ -51,7 +51,7 @@ def _row(entry: Entry, root: Path) -> dict[str, Any]:
     }
 
 
-def _hidden(traces: Traces, root: Path) -> float:
+def _hidden(traces: TracesStage, root: Path) -> float:
     """The share of steps that the traces tell by their result alone."""
     rows = read(traces, root)
     n = sum(word_problems.n_steps(row["prompt"]) for row in rows)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from ..models.probe import Probe
 from ..report.results import N_BEST
 from ..stages import Stage
-from ..traces.bundles import Bundle, Numbers
+from ..traces.bundles import BundleStage, Numbers
 from ..traces.defences import Kind
 from ..traces.exact import Exact
-from ..traces.sampled import Chosen, Traces
+from ..traces.sampled import Chosen, TracesStage
 from .students import Attack, Student
 from .world import World
 
@@ -71,25 +71,27 @@ def clean(world: World) -> Entry:
 def matched(
     world: World,
     kind: Kind,
-    bundle: Bundle | None = None,
+    bundle: BundleStage | None = None,
     guard: float = 0.0,
     cost: float = COST,
     strength: float | None = None,
-) -> Traces:
+) -> TracesStage:
     """Traces of a defence at the strength, or temperature, that costs the teacher `cost` of its accuracy."""
     start = strength or (2.0 if guard else 0.5)
     temperature = 0.8 if kind == "plain" else 0.5
     plain = world.clean
-    return Traces(world.teacher, plain.prompts, kind, start, guard, temperature, bundle, cost, plain, n=world.n_traces)
+    return TracesStage(
+        world.teacher, plain.prompts, kind, start, guard, temperature, bundle, cost, plain, n=world.n_traces
+    )
 
 
-def naive(world: World, defence: str, traces: Traces, cost: float | None = COST) -> Entry:
+def naive(world: World, defence: str, traces: TracesStage, cost: float | None = COST) -> Entry:
     """A student who takes the traces as they are."""
     return Entry(world, defence, "naive", Student(world.base, (traces,)), cost)
 
 
 def attacked(
-    world: World, defence: str, traces: Traces, attacks: Sequence[tuple[str, Attack, float]]
+    world: World, defence: str, traces: TracesStage, attacks: Sequence[tuple[str, Attack, float]]
 ) -> Iterator[Entry]:
     """Students of attackers who do something with them."""
     for name, attack, share in attacks:
@@ -104,15 +106,15 @@ def trained(world: World) -> Student:
     return Student(world.proxy, (own_traces(world),), n_epochs=4)
 
 
-def own_traces(world: World) -> Traces:
+def own_traces(world: World) -> TracesStage:
     """Clean traces of whoever prepares a bundle."""
-    return Traces(world.teacher, f"{world.seed} own", n=world.n_traces)
+    return TracesStage(world.teacher, f"{world.seed} own", n=world.n_traces)
 
 
-def best_of(world: World, name: str, at_random: str, *, consistent: bool = False) -> dict[str, Traces]:
+def best_of(world: World, name: str, at_random: str, *, consistent: bool = False) -> dict[str, TracesStage]:
     """Whole traces chosen by Δ of the loss on numbers at a trained proxy, and by a random direction there."""
     proxy = trained(world)
-    directions = {name: Numbers(proxy, world.holdout), at_random: Bundle(proxy, world.holdout, random=0)}
+    directions = {name: Numbers(proxy, world.holdout), at_random: BundleStage(proxy, world.holdout, random=0)}
     asked, n = world.clean.prompts, world.n_traces
     return {
         key: Chosen(world.teacher, asked, "bundle", bundle=bundle, n=n, best_of=N_BEST, consistent=consistent)

@@ -19,10 +19,10 @@ from ..report.results import (
     OF_NUMBERS_PERMUTED,
     OF_NUMBERS_UNTRAINED,
 )
-from ..traces.bundles import Bundle, Numbers
+from ..traces.bundles import BundleStage, Numbers
 from ..traces.defences import Kind
 from ..traces.exact import Exact
-from ..traces.sampled import Traces
+from ..traces.sampled import TracesStage
 from .entries import ATTACKS, COST, GUARD, Entry, attacked, best_of, clean, matched, naive, own_traces, trained
 from .students import Student
 from .world import World
@@ -72,33 +72,33 @@ def hypotheses() -> list[Entry]:
 
 def _compared(world: World) -> Iterator[Entry]:
     """The method among its controls, in the same guard."""
-    gradient = Bundle(world.proxy, world.holdout)
+    gradient = BundleStage(world.proxy, world.holdout)
     yield clean(world)
-    alone = Traces(world.teacher, world.clean.prompts, "guarded", guard=GUARD, n=world.n_traces)
+    alone = TracesStage(world.teacher, world.clean.prompts, "guarded", guard=GUARD, n=world.n_traces)
     yield Entry(world, "guard alone", "naive", Student(world.base, (alone,)))
     yield naive(world, "temperature", matched(world, "plain"))
     guarded = naive(world, "antidistillation, guarded", matched(world, "bundle", gradient, GUARD))
     yield dataclasses.replace(guarded, exact=Exact(gradient, world.proxy, world.clean))
     yield naive(world, "permuted, guarded", matched(world, "permuted", gradient, GUARD))
     for i in range(N_RANDOM):
-        direction = Bundle(world.proxy, world.holdout, random=i)
+        direction = BundleStage(world.proxy, world.holdout, random=i)
         yield naive(world, f"random {i + 1}, guarded", matched(world, "bundle", direction, GUARD))
 
 
 def _varied(world: World) -> Iterator[Entry]:
     """The same without guard, and other directions and proxies."""
-    gradient = Bundle(world.proxy, world.holdout)
-    random = Bundle(world.proxy, world.holdout, random=0)
+    gradient = BundleStage(world.proxy, world.holdout)
+    random = BundleStage(world.proxy, world.holdout, random=0)
     yield naive(world, "antidistillation", matched(world, "bundle", gradient))
     yield naive(world, "random 1", matched(world, "bundle", random))
     yield naive(world, "permuted", matched(world, "permuted", gradient))
     others = {
-        "linear, guarded": Bundle(world.proxy, world.holdout, params="linear"),
-        "own proxy, guarded": Bundle(world.base, world.holdout),
-        "smaller proxy, guarded": Bundle(world.smaller, world.holdout),
-        "larger proxy, guarded": Bundle(world.larger, world.holdout),
-        "F16 proxy, guarded": Bundle(world.proxy, world.holdout, quant="F16"),
-        "Q8_0 proxy, guarded": Bundle(world.proxy, world.holdout, quant="Q8_0"),
+        "linear, guarded": BundleStage(world.proxy, world.holdout, params="linear"),
+        "own proxy, guarded": BundleStage(world.base, world.holdout),
+        "smaller proxy, guarded": BundleStage(world.smaller, world.holdout),
+        "larger proxy, guarded": BundleStage(world.larger, world.holdout),
+        "F16 proxy, guarded": BundleStage(world.proxy, world.holdout, quant="F16"),
+        "Q8_0 proxy, guarded": BundleStage(world.proxy, world.holdout, quant="Q8_0"),
     }
     for name, bundle in others.items():
         exact = Exact(bundle, world.proxy, world.clean) if bundle.quant else None
@@ -108,8 +108,8 @@ def _varied(world: World) -> Iterator[Entry]:
 
 def _cheaper(world: World) -> Iterator[Entry]:
     """The method and its controls at lower costs."""
-    gradient = Bundle(world.proxy, world.holdout)
-    random = Bundle(world.proxy, world.holdout, random=0)
+    gradient = BundleStage(world.proxy, world.holdout)
+    random = BundleStage(world.proxy, world.holdout, random=0)
     for cost in (0.05, 0.02):
         yield naive(world, "temperature", matched(world, "plain", cost=cost), cost)
         yield naive(world, METHOD, matched(world, "bundle", gradient, GUARD, cost=cost), cost)
@@ -119,12 +119,12 @@ def _cheaper(world: World) -> Iterator[Entry]:
 
 def _attacked(world: World) -> Iterator[Entry]:
     """Attackers who do something with the traces, and what they would have without any protected trace."""
-    gradient = Bundle(world.proxy, world.holdout)
+    gradient = BundleStage(world.proxy, world.holdout)
     defended = {
         "temperature": matched(world, "plain"),
         "antidistillation": matched(world, "bundle", gradient),
         "antidistillation, guarded": matched(world, "bundle", gradient, GUARD),
-        "random 1, guarded": matched(world, "bundle", Bundle(world.proxy, world.holdout, random=0), GUARD),
+        "random 1, guarded": matched(world, "bundle", BundleStage(world.proxy, world.holdout, random=0), GUARD),
     }
     for name, traces in defended.items():
         yield from attacked(world, name, traces, ATTACKS if name == "antidistillation, guarded" else ATTACKS[:1])
@@ -162,19 +162,19 @@ def _of_numbers(world: World) -> Iterator[Entry]:
 
 def _asked(world: World) -> Iterator[Entry]:
     """Beyond the paper, one run a seed."""
-    gradient = Bundle(world.proxy, world.holdout)
+    gradient = BundleStage(world.proxy, world.holdout)
     for guard, start in ((0.2, None), (0.5, 8.0), (0.01, None)):
         yield naive(world, f"guard {guard}", matched(world, "bundle", gradient, guard, strength=start))
     short, whole = (Student(world.proxy, (own_traces(world),), n_epochs=n) for n in (1, 4))
     aimed = {
-        "gradient along a path": Bundle(world.proxy, world.holdout, along=(short, whole)),
-        "gradient at the end": Bundle(whole, world.holdout),
+        "gradient along a path": BundleStage(world.proxy, world.holdout, along=(short, whole)),
+        "gradient at the end": BundleStage(whole, world.holdout),
         "gradient of numbers at the end": Numbers(whole, world.holdout),
     }
     for name, bundle in aimed.items():  # inside this guard a large strength costs about 4 points whatever the direction
-        traces = Traces(world.teacher, world.clean.prompts, "bundle", 16.0, 0.2, bundle=bundle, n=world.n_traces)
+        traces = TracesStage(world.teacher, world.clean.prompts, "bundle", 16.0, 0.2, bundle=bundle, n=world.n_traces)
         yield Entry(world, f"{name}, guard 0.2", "naive", Student(world.base, (traces,)))
-    other = Bundle(world.larger, world.holdout)
+    other = BundleStage(world.larger, world.holdout)
     several = dataclasses.replace(matched(world, "mixed", gradient, GUARD), others=(other,))
     yield naive(world, "two proxies, guarded", several)
     kinds: tuple[tuple[Kind, float], ...] = (("entropy", 2.0), ("sparse", 4.0), ("capped", 0.2))
@@ -195,7 +195,9 @@ def _variant(world: World, name: str, defences: Sequence[str]) -> Iterator[Entry
 def _weaker(world: World) -> Iterator[Entry]:
     """The same traces, for students whose bases were trained half as long."""
     half = _half(world)
-    filtered = attacked(half, METHOD, matched(half, "bundle", Bundle(half.proxy, half.holdout), GUARD), ATTACKS[:1])
+    filtered = attacked(
+        half, METHOD, matched(half, "bundle", BundleStage(half.proxy, half.holdout), GUARD), ATTACKS[:1]
+    )
     for entry in (*_compared(half), *filtered, *_cheaper(half), *_chosen(half), *_of_numbers(half)):
         yield dataclasses.replace(entry, variant=_HALF, exact=None)
 
@@ -204,7 +206,7 @@ def _confirmed(world: World) -> Iterator[Entry]:
     """What acts on such students for 2 points or less, beside its controls, naive and with right answers only."""
     half, cost = _half(world), 0.02
     numbers = Numbers(trained(half), half.holdout)
-    there = Bundle(trained(half), half.holdout, random=0)
+    there = BundleStage(trained(half), half.holdout, random=0)
     defended = {
         "temperature": matched(half, "plain", cost=cost),
         OF_NUMBERS: matched(half, "bundle", numbers, GUARD, cost=cost),
@@ -255,10 +257,10 @@ def _others(world: World) -> Iterator[Entry]:
     yield from _variant(other, "another base", ("clean", "temperature", METHOD, CHOSEN, CHOSEN_AT_RANDOM))
 
 
-def _re_aimed(world: World, gradient: Bundle) -> Student:
+def _re_aimed(world: World, gradient: BundleStage) -> Student:
     """The second half of the traces follows the gradient at a proxy that was trained on the first half."""
     first = dataclasses.replace(matched(world, "bundle", gradient, GUARD), n=world.n_traces // 2)
-    aimed = Bundle(Student(world.proxy, (first,)), world.holdout)
+    aimed = BundleStage(Student(world.proxy, (first,)), world.holdout)
     second = dataclasses.replace(
         matched(world, "bundle", aimed, GUARD), n=world.n_traces // 2, prompts=f"{world.seed} second half"
     )

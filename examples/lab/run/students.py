@@ -16,7 +16,7 @@ from ..models.pretrained import grade, load, save
 from ..models.training import Batch, Example, epochs, row_losses, train
 from ..stages import Stage
 from ..task import word_problems
-from ..traces.sampled import N_TRACES, Traces, read
+from ..traces.sampled import N_TRACES, TracesStage, read
 
 Attack = Literal["naive", "right answers", "perplexity", "answer only", "majority", "reweighted"]
 Row = dict[str, Any]
@@ -45,9 +45,9 @@ class Student(Stage):
     """
 
     base: Stage
-    traces: tuple[Traces, ...]
+    traces: tuple[TracesStage, ...]
     attack: Attack = "naive"
-    clean: Traces | None = None
+    clean: TracesStage | None = None
     share: float = 0.0
     n_epochs: int = 8
 

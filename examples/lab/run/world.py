@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..models.pretrained import LARGER, PROXY, SMALLER, STUDENT, TEACHER, FreelyWorded, Pretrained, Size
-from ..traces.sampled import N_TRACES, Traces
+from ..traces.sampled import N_TRACES, TracesStage
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class World:
         return self._trained(LARGER, "larger", self.easy, self.n_steps)
 
     @property
-    def clean(self) -> Traces:
-        return Traces(self.teacher, f"{self.seed} prompts", n=self.n_traces)
+    def clean(self) -> TracesStage:
+        return TracesStage(self.teacher, f"{self.seed} prompts", n=self.n_traces)
 
     @property
-    def holdout(self) -> Traces:
-        return Traces(self.teacher, f"{self.seed} holdout", n=self.n_traces // 5)
+    def holdout(self) -> TracesStage:
+        return TracesStage(self.teacher, f"{self.seed} holdout", n=self.n_traces // 5)
 
     def _trained(self, size: Size, name: str, easy: float, n_steps: int, least: float = 0.0) -> Pretrained:
         kind = FreelyWorded if self.freely else Pretrained

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 
-from adlocal.files import sha256
 from adlocal.llamacpp.model import open_vocabulary
 from adlocal.traces import TraceEncoder
 from adlocal_convert.convert import convert
-from adlocal_convert.direction.capabilities import DEFAULT_NAME, Capability, cache_directory
-from adlocal_convert.direction.gradient import Gradient, Settings, compute_gradient
+from adlocal_convert.direction.capabilities import DEFAULT_NAME, Capability
+from adlocal_convert.direction.gradient import Settings, compute_gradient
 from adlocal_convert.model.proxy import Proxy
 from adlocal_convert.options import Options
 
@@ -25,7 +24,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Bundle(Stage):
+class BundleStage(Stage):
     """A bundle of a proxy.
 
     Attributes:
@@ -68,32 +67,27 @@ class Bundle(Stage):
             force=True,
         )
         with environment("ADLOCAL_CACHE", str(out / "cache")):  # a stage has all of its files to itself
-            if self.random is not None or self.along:
-                self._aim(options, root)
-            convert(options, say=lambda line: None)
+            convert(options, lambda line: None, self._direction(options, root, out))
 
-    def _aim(self, options: Options, root: Path) -> None:
-        """Puts the direction where `convert` looks for a gradient that it has computed before."""
+    def _direction(self, options: Options, root: Path, out: Path) -> Tensors | None:
+        """Another direction than the gradient at the proxy's weights, if it is to be one."""
+        if self.random is None and not self.along:
+            return None
         if self.quant:
             raise ValueError(f"quant={self.quant}: another direction than the gradient is for an F32 proxy")
         base = Path(options.proxy)
+        if self.random is not None:
+            return _random(base, self.random)
         with closing(open_vocabulary(base)) as vocabulary:
             file = options.traces[DEFAULT_NAME]
             capability = Capability.read(DEFAULT_NAME, file, TraceEncoder(vocabulary), N_CTX, self.loss_on)
-        target = capability.saved_at(cache_directory() / "gradients", sha256(base), self.params)
-        target.parent.mkdir(parents=True)
+        bases = [base, *(stage.path(root) / "model.gguf" for stage in self.along)]
         names = [name for name, _ in _shapes(base)]
-        if self.random is not None:
-            found = _random(base, self.random)
-        else:
-            bases = [base, *(stage.path(root) / "model.gguf" for stage in self.along)]
-            found = _mean([_gradient(b, capability, names, target.with_name(f"{i}")) for i, b in enumerate(bases)])
-        n_tokens = sum(trace.n_targets for trace in capability.learned)
-        Gradient.save(target, found, loss=0.0, n_traces=len(capability.learned), n_tokens=n_tokens)
+        return _mean([_gradient(b, capability, names, out / f"gradient-{i}") for i, b in enumerate(bases)])
 
 
 @dataclass(frozen=True)
-class Numbers(Bundle):
+class Numbers(BundleStage):
     """A bundle of the gradient of the loss on numbers alone."""
 
     @property

@@ -16,8 +16,8 @@ from adlocal import ProxyPair
 from ..models.pretrained import Pretrained, load
 from ..models.training import Batch, Example, row_losses
 from ..stages import Stage
-from .bundles import Bundle
-from .sampled import Traces, read
+from .bundles import BundleStage
+from .sampled import TracesStage, read
 
 _N_HELD_OUT = 4  # `adlocal convert` takes the last few traces for its own measure of fidelity
 _N_MEASURED = 32
@@ -36,9 +36,9 @@ class Exact(Stage):
         fresh: traces whose first few give the positions.
     """
 
-    bundle: Bundle
+    bundle: BundleStage
     proxy: Pretrained
-    fresh: Traces
+    fresh: TracesStage
 
     def run(self, root: Path, out: Path) -> None:
         model = load(self.proxy.path(root)).double()

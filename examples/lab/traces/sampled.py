@@ -20,7 +20,7 @@ from ..models.pretrained import N_PREDICT, Pretrained
 from ..stages import Stage
 from ..task import word_problems
 from ..task.vocabulary import BOS, encode
-from .bundles import Bundle
+from .bundles import BundleStage
 from .defences import Defended, Kind, Setting
 
 Row = dict[str, Any]
@@ -36,7 +36,7 @@ _ASIDE = 1.5  # times the strength, for a second point
 
 
 @dataclass(frozen=True)
-class Traces(Stage):
+class TracesStage(Stage):
     """Sampled solutions of training problems.
 
     Attributes:
@@ -59,11 +59,11 @@ class Traces(Stage):
     strength: float = 0.0
     guard: float = 0.0
     temperature: float = 0.5
-    bundle: Bundle | None = None
+    bundle: BundleStage | None = None
     cost: float | None = None
-    clean: Traces | None = None
-    like: Traces | None = None
-    others: tuple[Bundle, ...] = ()
+    clean: TracesStage | None = None
+    like: TracesStage | None = None
+    others: tuple[BundleStage, ...] = ()
     n: int = N_TRACES
     k: int = 1
 
@@ -104,7 +104,7 @@ class Traces(Stage):
 
 
 @dataclass(frozen=True)
-class Chosen(Traces):
+class Chosen(TracesStage):
     """Of several sampled solutions of each problem the one with the highest dose.
 
     Attributes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,13 @@ from adlocal.errors import InputError
 from adlocal.traces.writer import Output
 from adlocal_convert.demo.word_problems import word_problems
 from examples.lab.real import command as real
-from examples.lab.real.lora import Student, Trace, Tuning
+from examples.lab.real.lora import Lesson, Student, Tuning
 from examples.lab.real.stages import Problem, Runtime, Teaching, Tuned, read_problems
 from support import tiny
+from support.json_lines import read_lines, write_lines
 
 PROBLEMS = [{"question": f"What is {i} + {i + 4}?", "answer": f"{i} + {i + 4}\n#### {2 * i + 4}"} for i in range(9)]
 Run = Callable[..., Path]
-
-
-def write(path: Path, rows: Sequence[dict[str, str]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def byte_tokenizer() -> Any:
@@ -55,7 +51,10 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(tiny_llama: Path, tiny_bundle: Path, student: Path, tmp_path: Path) -> Run:
     """Runs the command on tiny models, with `options` last, and returns its --out."""
-    prompts, test = write(tmp_path / "prompts.jsonl", PROBLEMS[:6]), write(tmp_path / "test.jsonl", PROBLEMS[6:])
+    prompts, test = (
+        write_lines(tmp_path / "prompts.jsonl", *PROBLEMS[:6]),
+        write_lines(tmp_path / "test.jsonl", *PROBLEMS[6:]),
+    )
 
     def go(*options: object, status: int = 0) -> Path:
         argv = ["-m", tiny_llama, "--bundle", tiny_bundle, "--prompts", prompts, "--test", test, "--student", student]
@@ -69,7 +68,7 @@ def run(tiny_llama: Path, tiny_bundle: Path, student: Path, tmp_path: Path) -> R
 
 def results(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """By kind and name."""
-    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    rows = read_lines(out / "results.jsonl")
     return {(row["kind"], row["name"]): row for row in rows}
 
 
@@ -165,10 +164,10 @@ def test_what_a_student_is_trained_on(
     rows = [{"question": "?", "answer": a, "completion": c, "finish_reason": why} for c, a, why in said]
     teaching = Teaching("teacher", "problems", 0.0, 8, 64, 0, (), Runtime("", Path(), 1, 1, 0))
     teaching.path(tmp_path).mkdir()
-    (teaching.path(tmp_path) / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    seen: list[Trace] = []
+    write_lines(teaching.path(tmp_path) / "traces.jsonl", *rows)
+    seen: list[Lesson] = []
 
-    def tune(_student: Student, traces: list[Trace], *_: object) -> list[float]:
+    def tune(_student: Student, traces: list[Lesson], *_: object) -> list[float]:
         seen.extend(traces)
         return [1.0]
 
@@ -185,7 +184,7 @@ TUNING = Tuning(epochs=1, batch_size=8, lr=1e-3, rank=4, n_ctx=64, seed=0)
 
 def test_the_first_loss_is_the_bases_over_completions_alone(student: Path, tmp_path: Path) -> None:
     """LoRA begins at zero. The sequences are put together by hand; the cut one teaches no end, the long one is cut."""
-    traces = [Trace("a?", "yes"), Trace("another?", "no", ended=False), Trace("b?", "m" * 99)]
+    traces = [Lesson("a?", "yes"), Lesson("another?", "no", ended=False), Lesson("b?", "m" * 99)]
     losses = Student(str(student), "cpu").tune(traces, TUNING, tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64)
     total, n = 0.0, 0
@@ -201,7 +200,7 @@ def test_the_first_loss_is_the_bases_over_completions_alone(student: Path, tmp_p
 
 def test_prompts_that_fill_the_context_leave_nothing_to_learn(student: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="all prompts fill 64 tokens"):
-        Student(str(student), "cpu").tune([Trace("x" * 64, "yes")], TUNING, tmp_path)
+        Student(str(student), "cpu").tune([Lesson("x" * 64, "yes")], TUNING, tmp_path)
 
 
 def test_answers_are_greedy_whatever_they_are_batched_with(student: Path, tmp_path: Path) -> None:
@@ -217,7 +216,7 @@ def test_answers_are_greedy_whatever_they_are_batched_with(student: Path, tmp_pa
                 break
         expected.append(subject._tokenizer.decode(ids[len(start) :], skip_special_tokens=True))
     assert subject.answer(prompts, None, 8) == expected
-    subject.tune([Trace(prompt, "zzzzzzzz") for prompt in prompts], Tuning(40, 2, 0.02, 8, 64, 0), tmp_path)
+    subject.tune([Lesson(prompt, "zzzzzzzz") for prompt in prompts], Tuning(40, 2, 0.02, 8, 64, 0), tmp_path)
     assert [set(text) for text in subject.answer(prompts, tmp_path, 8)] == [{"z"}] * 2  # the adapter is in force
     assert subject.answer(prompts, None, 8) == expected  # and leaves no trace in the base
 
@@ -266,7 +265,7 @@ def test_wrong_input_is_one_line_before_any_work(
     options: list[str],
     message: str,
 ) -> None:
-    write(tmp_path / "unanswered.jsonl", [{"question": "why?", "answer": "because"}])
+    write_lines(tmp_path / "unanswered.jsonl", *[{"question": "why?", "answer": "because"}])
     monkeypatch.chdir(tmp_path)
     run(*options, status=2)
     error = capsys.readouterr().err
@@ -286,7 +285,9 @@ def test_without_peft(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 def test_problems_of_other_rows(tmp_path: Path) -> None:
     rows = [{"prompt": "2+2?", "answer": "4", "id": "x"}, {"prompt": "3+3?", "answer": "none"}]
-    problems = read_problems("--test", str(write(tmp_path / "rows.jsonl", rows)), 1)  # the second is not asked for
+    problems = read_problems(
+        "--test", str(write_lines(tmp_path / "rows.jsonl", *rows)), 1
+    )  # the second is not asked for
     assert [problem.prompt for problem in problems] == ["2+2?"]
 
 
@@ -316,7 +317,7 @@ def first_layers(smollm2: Path, pytestconfig: pytest.Config) -> Path:
 @pytest.mark.real
 def test_smollm2(smollm2: Path, smollm2_bundle: Path, first_layers: Path, tmp_path: Path) -> None:
     rows = [{"question": row["prompt"], "answer": row["completion"]} for row in word_problems(6, seed=1)]
-    prompts, test = write(tmp_path / "prompts.jsonl", rows[:4]), write(tmp_path / "test.jsonl", rows[4:])
+    prompts, test = write_lines(tmp_path / "prompts.jsonl", *rows[:4]), write_lines(tmp_path / "test.jsonl", *rows[4:])
     argv = ["-m", smollm2, "--bundle", smollm2_bundle, "--prompts", prompts, "--test", test, "--student", first_layers]
     argv += ["--out", tmp_path / "out", "-n", 24, "-t", 1, "-np", 4, "--epochs", 5, "--lr", 2e-3, "--batch-size", 4]
     command = [str(word) for word in [*argv, "--device", "cpu", "--strength", 4, "-c", 256]]

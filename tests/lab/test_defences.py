@@ -24,7 +24,7 @@ from examples.lab.task import word_problems
 from examples.lab.task.vocabulary import BOS, N_VOCAB, encode
 from examples.lab.traces import defences
 from examples.lab.traces import sampled as traces
-from examples.lab.traces.bundles import Bundle
+from examples.lab.traces.bundles import BundleStage
 from examples.lab.traces.defences import CLOSED, Defended, Kind, Setting
 from support.lab_models import RandomModel, Written
 
@@ -365,12 +365,12 @@ def model(root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(root: Path) -> Path:
-    return made(root, Bundle(RandomModel("proxy"), Written("traces", 12))) / "bundle"
+    return made(root, BundleStage(RandomModel("proxy"), Written("traces", 12))) / "bundle"
 
 
 @pytest.fixture(scope="module")
 def other(root: Path) -> Path:
-    return made(root, Bundle(RandomModel("other"), Written("traces", 12))) / "bundle"
+    return made(root, BundleStage(RandomModel("other"), Written("traces", 12))) / "bundle"
 
 
 class Recording(Defended):

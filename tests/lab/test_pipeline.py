@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from examples.lab.run import collected, plan, students
 from examples.lab.run.entries import GUARD
 from examples.lab.run.world import World
 from examples.lab.traces import sampled as traces
+from support.json_lines import write_lines
 
 WANTED = {"clean", "guard alone", "temperature", "permuted, guarded", "random 1, guarded", "antidistillation, guarded"}
 CHOICES = {"best of 8", "best of 8, random 1"}
@@ -57,7 +57,7 @@ def test_from_nothing_to_the_report(small: World, tmp_path: Path) -> None:
     assert method["cosine"]["n"] > 0
     assert len(method["search"]) == 2
     source = tmp_path / "quick.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(source, *rows)
     report.write(source, tmp_path / "quick")
     text = (tmp_path / "quick" / "report.md").read_text()
     assert "| antidistillation, guarded |" in text

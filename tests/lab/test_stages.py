@@ -29,7 +29,7 @@ from examples.lab.run.students import Student, agreement, majority
 from examples.lab.stages import execute, ordered
 from examples.lab.task import word_problems
 from examples.lab.task.vocabulary import BOS, EOS, IDS
-from examples.lab.traces.bundles import Bundle
+from examples.lab.traces.bundles import BundleStage
 from examples.lab.traces.exact import Exact
 from support.lab_models import RandomModel, Written, random_model, rows
 from support.paths import ROOT
@@ -408,7 +408,7 @@ def test_the_products_delta_is_the_derivative_along_the_gradient(
 ) -> None:
     """Through a bundle and llama.cpp, against PyTorch in float64; on a text that gave no gradient. Median
     of the positions, and none far off; its size too, to 2%: the step ε is a finite one."""
-    bundle = made(Bundle(PROXY, HOLDOUT, along=tuple(RandomModel(seed) for seed in along)))
+    bundle = made(BundleStage(PROXY, HOLDOUT, along=tuple(RandomModel(seed) for seed in along)))
     parts = [unit_gradient(seed) for seed in (PROXY.seed, *along)]
     direction = [cast(torch.Tensor, sum(tensors) / len(parts)) for tensors in zip(*parts, strict=True)]
     for example in of(rows("fresh", 3)):
@@ -422,12 +422,12 @@ def test_the_products_delta_is_the_derivative_along_the_gradient(
 
 
 def test_the_laboratory_measures_that_cosine(made: Callable[[stages.Stage], Path]) -> None:
-    stage = Exact(Bundle(PROXY, HOLDOUT), cast(Any, PROXY), cast(Any, Written("fresh", 3)))
+    stage = Exact(BundleStage(PROXY, HOLDOUT), cast(Any, PROXY), cast(Any, Written("fresh", 3)))
     found = json.loads((made(stage) / "exact.json").read_text())
     assert found["n"] == sum(len(e.ids) - e.n_prompt for e in of(rows("fresh", 3)))
     assert 0.999 < found["median"] <= 1
     assert 0.99 < found["p10"] <= found["median"]
-    other = Exact(Bundle(PROXY, HOLDOUT, random=0), cast(Any, PROXY), cast(Any, Written("fresh", 3)))
+    other = Exact(BundleStage(PROXY, HOLDOUT, random=0), cast(Any, PROXY), cast(Any, Written("fresh", 3)))
     assert abs(json.loads((made(other) / "exact.json").read_text())["median"]) < 0.5
 
 
@@ -440,7 +440,7 @@ def step_along(bundle: Path) -> np.ndarray[Any, Any]:
 
 def test_random_directions_are_unit_directions_of_their_own(made: Callable[[stages.Stage], Path]) -> None:
     """In F32: a norm of 1 to 1e-3. Directions in n dimensions have a cosine of 0, to 5 / √n."""
-    bundles = [made(Bundle(PROXY, HOLDOUT, random=i)) for i in (None, 0, 1)]
+    bundles = [made(BundleStage(PROXY, HOLDOUT, random=i)) for i in (None, 0, 1)]
     steps = [step_along(bundle) for bundle in bundles]
     for bundle, step in zip(bundles, steps, strict=True):
         metadata = Metadata.open(bundle / "bundle")
@@ -458,11 +458,12 @@ def test_random_directions_are_unit_directions_of_their_own(made: Callable[[stag
 
 
 def test_gradients_of_a_stage_are_its_own(made: Callable[[stages.Stage], Path]) -> None:
-    """A random direction is put where convert looks for a gradient: no other stage may find it there."""
+    """What a stage computes, no other finds."""
     before = os.environ["ADLOCAL_CACHE"]
     cached = set(Path(before).rglob("*.safetensors"))
-    bundle = made(Bundle(PROXY, HOLDOUT, random=3))
+    bundle = made(BundleStage(PROXY, HOLDOUT))
     assert list((bundle / "cache").rglob("*.safetensors"))
+    assert not (made(BundleStage(PROXY, HOLDOUT, random=3)) / "cache").exists()
     assert os.environ["ADLOCAL_CACHE"] == before
     assert set(Path(before).rglob("*.safetensors")) == cached
 

@@ -15,6 +15,7 @@ from adlocal.errors import AdlocalError, InputError
 from examples.lab.report import document as report
 from examples.lab.report import plots, results
 from examples.lab.report.intervals import Interval, over_seeds, paired, paired_with_mean, wilson
+from support.json_lines import write_lines
 
 N = 400
 
@@ -72,7 +73,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def save(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_lines(path, *rows)
     return path
 
 
@@ -396,7 +397,7 @@ def test_the_same_prompts_are_shown_side_by_side(source: Path) -> None:
         lines = [
             {"prompt": f"question {i}", "completion": f" {r['defence']} says {i}", "right": i != 1} for i in range(5)
         ]
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_lines(file, *lines)
     text = report.markdown(results.read(save(source, ROWS)), source.parent)
     assert "**question 0**" in text
     assert "temperature, −10 (wrong): temperature says 1" in text
