@@ -96,7 +96,7 @@ def test_the_reader_sees_the_imports_that_there_are() -> None:
     assert "adlocal.cli imports adlocal.commands.parser" in found  # from .commands.parser
     assert "adlocal.commands.parser imports adlocal" in found  # in a function
     assert "adlocal.calibrate.plot imports adlocal.plotting" in found  # a module from a package
-    assert "adlocal.commands.bench imports adlocal.settings" in found  # names of a package
+    assert "adlocal.commands.inspect imports adlocal.bundle" in found  # names of a package
     assert "adlocal imports adlocal.errors" in found  # by the package itself
 
 
