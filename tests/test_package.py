@@ -14,7 +14,7 @@ from adlocal import errors
 
 PACKAGE = Path(adlocal.__file__).parent
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
-OFFLINE = {"adlocal_convert", "torch", "transformers", "gguf", "accelerate", "datasets", "pyarrow"}
+OFFLINE = {"adlocal_convert", "torch", "transformers", "gguf", "accelerate", "datasets", "pandas", "pyarrow"}
 
 EXCEPTIONS = sorted(
     name
