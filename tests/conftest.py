@@ -23,6 +23,7 @@ from adlocal_convert.demo.word_problems import word_problems
 from adlocal_convert.options import Options
 from support import tiny
 from support.adapters import Pairs
+from support.encoders import Encoders
 from support.faults import Faults
 from support.paths import GSM8K, ROOT
 
@@ -68,6 +69,12 @@ def tiny_bundle(tiny_llama: Path, tiny_traces: Path, tmp_path_factory: pytest.Te
     options = Options(str(tiny_llama), {"traces": tiny_traces}, out, carriers=1.0, n_threads=1)
     convert(options, lambda line: None)
     return out
+
+
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
+    """Encoders of tiny models by chat template."""
+    return Encoders(tmp_path_factory.mktemp("encoders"))
 
 
 @pytest.fixture(scope="session")

@@ -137,12 +137,14 @@ class ChatTemplate:
 
     @cached_property
     def _wants_text(self) -> bool:
-        """Whether the arguments of calls have to be JSON text: some templates join them to strings."""
-        return _CALLED not in self._tried(_calling({"a": "b"})) and self.knows_tool_calls
+        """Whether the arguments of calls have to be JSON text: templates may join them, or write them bare."""
+        arguments = {"a": "b"}
+        said = self._tried(_calling(arguments))
+        return self.knows_tool_calls and (_CALLED not in said or str(arguments) in said)
 
     @cached_property
     def _calls_without_text(self) -> bool:
-        """Whether a turn that calls may have no content, as OpenAI sends it: some templates write an empty one apart."""
+        """Whether a turn that calls may have no content, as OpenAI sends it: templates may write an empty one."""
         said = self._tried(_calling('{"a": "b"}' if self._wants_text else {"a": "b"}, content=None))
         return _CALLED in said and "None" not in said
 

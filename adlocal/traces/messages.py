@@ -156,9 +156,7 @@ def _learned(where: str, role: str, fields: dict[str, Any]) -> bool:
     for key in [key for key in _TRAINING if key in fields]:
         value = fields[key]
         if not isinstance(value, (int, float)) or value not in (0, 1):
-            raise TraceError(
-                f'{where}: "{key}" of a turn is {_shown(value)}; expected 0 or 1: adlocal learns it or not'
-            )
+            raise TraceError(f'{where}: "{key}" of a turn is {_shown(value)}; expected 0 (context) or 1 (learned)')
         if role == "assistant" or not value:
             del fields[key]
         learned = learned and bool(value)
