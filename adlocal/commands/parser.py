@@ -80,7 +80,7 @@ def _add_traces(verbs: Any) -> None:
     )
     parser.add_argument("-m", "--model", required=True, metavar="TEACHER.gguf")
     parser.add_argument(
-        "--prompts", type=Path, required=True, metavar="FILE.jsonl", help="rows with prompt, messages or question"
+        "--prompts", type=Path, required=True, metavar="FILE.jsonl", help="JSON lines, CSV and others: see docs/data.md"
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="TRACES.jsonl")
     add_protection(parser)
@@ -133,7 +133,7 @@ def _add_convert_inputs(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="[NAME=]FILE",
-        help="prompt and completion, or messages, as JSON lines, Parquet or a datasets id; once a capability",
+        help="JSON lines, CSV, Parquet, a datasets id, in any shape of docs/data.md; once a capability",
     )
     parser.add_argument("--mix", metavar="NAME=WEIGHT,...", help="weights of the capabilities, equal by default")
     parser.add_argument(
@@ -208,7 +208,7 @@ def _add_calibrate(verbs: Any) -> None:
     parser.add_argument("-m", "--model", required=True, metavar="TEACHER.gguf")
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="from adlocal convert")
     parser.add_argument(
-        "--prompts", type=Path, required=True, metavar="FILE.jsonl", help='lines with "prompt", or "question"'
+        "--prompts", type=Path, required=True, metavar="FILE.jsonl", help="whatever adlocal traces --prompts takes"
     )
     parser.add_argument(
         "--answers", type=Path, metavar="FILE.jsonl", help='lines with "answer", if the prompts have none'
