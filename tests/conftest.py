@@ -25,6 +25,7 @@ from adlocal_convert.options import Options
 from support import tiny
 from support.adapters import Pairs
 from support.cli import Cli, runner
+from support.encoders import Encoders
 from support.faults import Faults
 from support.json_lines import write_lines
 from support.paths import REAL_TRACES, ROOT
@@ -75,6 +76,12 @@ def tiny_bundle(tiny_llama: Path, tiny_traces: Path, tmp_path_factory: pytest.Te
     options = Options(str(tiny_llama), {"traces": tiny_traces}, out, carriers=1.0, n_threads=1)
     convert(options, lambda line: None)
     return out
+
+
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
+    """Encoders of tiny models by chat template."""
+    return Encoders(tmp_path_factory.mktemp("encoders"))
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ DIRECTORIES = {
     "adlocal_convert": ROOT / "convert" / "adlocal_convert",
     "examples.lab": ROOT / "examples" / "lab",
 }
-OFFLINE = {"adlocal_convert", "torch", "transformers", "gguf", "accelerate", "datasets", "pyarrow"}
+OFFLINE = {"adlocal_convert", "torch", "transformers", "gguf", "accelerate", "datasets", "pandas", "pyarrow"}
 #: What each may not know of, in functions neither.
 UNKNOWN = {"adlocal": {"examples", "support"}, "adlocal_convert": {"examples", "support"}, "examples.lab": {"support"}}
 

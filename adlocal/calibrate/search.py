@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from ..errors import ConversionError, InputError
 from ..llama import AntidistillationLlama
-from ..traces import TraceEncoder
-from ..traces.prompts import Prompt, encode_prompt, final_answer
+from ..traces import Prompt, TraceEncoder, final_answer, remarks
 from .curve import MOST_STRENGTH, Curve, Point
 
 KL, ACCURACY_DROP = "kl", "accuracy-drop"
@@ -74,15 +73,16 @@ class Work:
         self.temperature = temperature
         self._seed, self._n_predict, n_ctx = seed, n_predict, len(llm.input_ids)
         encoder = TraceEncoder(llm._model, raw=raw)
-        self.prompts = [encode_prompt(encoder, prompt) for prompt in prompts]
+        self.prompts = [encoder.encode_prompt(each.where, each.prompt, each.tools) for each in prompts]
+        self.notes = remarks(prompts, encoder)
         for prompt, tokens in zip(prompts, self.prompts, strict=True):
             if len(tokens) + self._n_predict > n_ctx:
                 raise InputError(
                     f"{prompt.where}: {len(tokens)} tokens and {self._n_predict} to generate exceed --ctx-size "
                     f"{n_ctx}; give a larger one, or a smaller -n"
                 )
-        answers = [prompt.answer for prompt in prompts]
-        self._answers = [final_answer(a) for a in answers if a is not None] if None not in answers else None
+        answers = [None if prompt.answer is None else final_answer(prompt.answer) for prompt in prompts]
+        self._answers = None if None in answers else answers
 
     def plain(self, guard: float) -> tuple[Curve, Round]:
         """The plain teacher's own text: its rows, for guards from `guard` up, and the text as a round."""

@@ -29,9 +29,9 @@ from ..calibrate.search import (
     spend_kl,
 )
 from ..errors import InputError
-from ..files import sha256
 from ..settings import DEFAULT_GUARD
-from ..traces.prompts import Prompt, join_answers, read_prompts
+from ..traces import Prompt, check_answers, join_answers, read_prompts
+from ..traces.records import digest
 from .teacher import open_protected
 
 _STRENGTHS = (0.0, *(2.0 ** (i / 2) for i in range(-6, 13)))
@@ -55,7 +55,9 @@ def run(args: argparse.Namespace) -> None:
             seed=args.seed,
             raw=args.raw,
         )
-        calibration, guards = calibrate(work, kind, budget, args.guard, args.model, args.prompts)
+        for note in work.notes:
+            print(f"adlocal calibrate: prompts: {note}", file=sys.stderr)
+        calibration, guards = calibrate(work, kind, budget, args.guard, args.model, _digest(args.prompts, prompts))
     calibration.write(args.bundle)
     if args.plot is not None:
         calibration_plot.draw(calibration, args.plot)
@@ -80,6 +82,7 @@ def _budget(args: argparse.Namespace) -> tuple[str, float]:
 
 def _prompts(args: argparse.Namespace, kind: str) -> list[Prompt]:
     prompts = read_prompts(args.prompts)
+    check_answers(prompts)
     if args.answers is not None:
         prompts = join_answers(prompts, args.answers)
     missing = next((prompt for prompt in prompts if prompt.answer is None), None)
@@ -90,8 +93,12 @@ def _prompts(args: argparse.Namespace, kind: str) -> list[Prompt]:
     return prompts
 
 
+def _digest(source: Path, prompts: Sequence[Prompt]) -> str:
+    return digest(source, (json.dumps(prompt.record.fields, sort_keys=True, default=str) for prompt in prompts))
+
+
 def calibrate(
-    work: Work, kind: str, budget: float, guard: float | None, teacher: str, prompts: Path
+    work: Work, kind: str, budget: float, guard: float | None, teacher: str, prompts_sha256: str
 ) -> tuple[Calibration, list[tuple[float, Point]]]:
     """Measures until the budget is spent.
 
@@ -100,7 +107,8 @@ def calibrate(
         kind: "kl", in nats a token, or "accuracy-drop", in percentage points.
         budget: in that unit.
         guard: None takes, for KL, the one of GUARDS with the largest dose for it, and else the default.
-        teacher, prompts: files, for the record.
+        teacher: its file, for the record.
+        prompts_sha256: of the prompts, for the record.
 
     Returns:
         The calibration, and how the guards compare where they were compared.
@@ -114,7 +122,7 @@ def calibrate(
         guard, guards = choose_guard(curve, budget)
     guard = DEFAULT_GUARD if guard is None else guard
     spend = spend_kl(work, curve, budget, guard) if kind == KL else spend_accuracy(work, plain, budget, guard)
-    return _record(work, kind, budget, guard, curve, [plain, *spend[0]], spend[1], teacher, prompts), guards
+    return _record(work, kind, budget, guard, curve, [plain, *spend[0]], spend[1], teacher, prompts_sha256), guards
 
 
 def _record(
@@ -126,7 +134,7 @@ def _record(
     rounds: Sequence[Round],
     chosen: Round,
     teacher: str,
-    prompts: Path,
+    prompts_sha256: str,
 ) -> Calibration:
     plain, rounds = rounds[0], sorted(rounds, key=lambda r: r.strength)
     points = [curve.at(strength, guard) for strength in _STRENGTHS]
@@ -142,7 +150,7 @@ def _record(
         reached=chosen.kl if kind == KL else accuracy_drop(plain, chosen),
         standard_error=chosen.kl_error if kind == KL else _accuracy_error(plain, chosen, n),
         teacher=teacher_identity(teacher),
-        prompts_sha256=sha256(prompts),
+        prompts_sha256=prompts_sha256,
         n_prompts=n,
         n_tokens=chosen.n_tokens,
         temperature=work.temperature,

@@ -82,7 +82,7 @@ def _add_traces(verbs: Any) -> None:
     )
     parser.add_argument("-m", "--model", required=True, metavar="TEACHER.gguf")
     parser.add_argument(
-        "--prompts", type=Path, required=True, metavar="FILE.jsonl", help="rows with prompt, messages or question"
+        "--prompts", type=Path, required=True, metavar="FILE.jsonl", help="JSON lines, CSV and others: see docs/data.md"
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="TRACES.jsonl")
     add_protection(parser)
@@ -135,7 +135,7 @@ def _add_convert_inputs(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="[NAME=]FILE",
-        help="prompt and completion, or messages, as JSON lines, Parquet or a datasets id; repeat once per capability",
+        help="JSON lines, CSV, Parquet, a datasets id, in any shape of docs/data.md; repeat once per capability",
     )
     parser.add_argument("--mix", metavar="NAME=WEIGHT,...", help="weights of the capabilities, equal by default")
     parser.add_argument(
@@ -215,7 +215,7 @@ def _add_calibrate(verbs: Any) -> None:
     parser.add_argument("-m", "--model", required=True, metavar="TEACHER.gguf")
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="from adlocal convert")
     parser.add_argument(
-        "--prompts", type=Path, required=True, metavar="FILE.jsonl", help='lines with "prompt", or "question"'
+        "--prompts", type=Path, required=True, metavar="FILE.jsonl", help="whatever adlocal traces --prompts takes"
     )
     parser.add_argument(
         "--answers", type=Path, metavar="FILE.jsonl", help='lines with "answer", if the prompts have none'

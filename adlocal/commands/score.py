@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,24 @@ from ..pair import ProxyPair
 from ..score import Score, TokenDose, score_trace
 from ..score.page import write_page
 from ..score.plot import write_plot
-from ..traces import TraceEncoder, encode_all, read_traces
+from ..traces import TraceEncoder, TraceFile, encode_all, read_traces, remarks
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What happened to the traces before they were scored.
+
+    Attributes:
+        n_cut: cut to the context.
+        n_skipped: left out because their prompt alone fills it.
+        n_reasoning: with reasoning beside their text.
+        notes: what else there is to know.
+    """
+
+    n_cut: int
+    n_skipped: int
+    n_reasoning: int = 0
+    notes: Sequence[str] = ()
 
 
 def run(args: argparse.Namespace) -> None:
@@ -35,7 +52,9 @@ def run(args: argparse.Namespace) -> None:
         ProxyPair.open(bundle, n_ctx=n_ctx, n_threads=args.threads, n_gpu_layers=args.gpu_layers) as pair,
         closing(open_vocabulary(bundle.proxy)) as vocabulary,
     ):
-        encoded, n_cut, n_skipped = encode_all(traces, TraceEncoder(vocabulary, raw=args.raw), pair.n_ctx)
+        encoder = TraceEncoder(vocabulary, raw=args.raw)
+        encoded, n_cut, n_skipped = encode_all(traces, encoder, pair.n_ctx)
+        counts = Counts(n_cut, n_skipped, traces.n_reasoning, _notes(traces, encoder))
         scores = [score_trace(pair, trace) for trace in tqdm(encoded, desc="scoring", unit="trace", file=sys.stderr)]
     try:
         if args.plot:
@@ -43,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         if args.html:
             write_page(args.html, scores, f"{args.traces.name}, bundle {bundle.id[:16]}")
     finally:  # the work is not lost where a disk is full
-        print(report(scores, n_cut, n_skipped, args.tokens) if args.json else table(scores, n_cut, n_skipped))
+        print(report(scores, counts, args.tokens) if args.json else table(scores, counts))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -56,11 +75,18 @@ def _check(args: argparse.Namespace) -> None:
         check_target("--html", args.html, ".html")
 
 
-def report(scores: Sequence[Score], n_cut: int, n_skipped: int, tokens: bool = False) -> str:
+def _notes(traces: TraceFile, encoder: TraceEncoder) -> list[str]:
+    left_out = {"left out, they stand there twice": traces.n_duplicates, "left out, they have no text": traces.n_empty}
+    return [*(f"{n} {what}" for what, n in left_out.items() if n), *remarks(traces, encoder)]
+
+
+def report(scores: Sequence[Score], counts: Counts, tokens: bool = False) -> str:
     """One JSON object. `tokens` lists the text and the dose of every token too, null where it does not count."""
     n_tokens, dose = sum(s.n_tokens for s in scores), sum(s.dose for s in scores)
-    total = {"traces": len(scores), "cut": n_cut, "skipped": n_skipped, "n_tokens": n_tokens, "dose": dose}
-    return json.dumps({**total, "dose_per_token": dose / n_tokens, "scores": [_as_json(s, tokens) for s in scores]})
+    read = {"cut": counts.n_cut, "skipped": counts.n_skipped, "reasoning": counts.n_reasoning, "notes": counts.notes}
+    total = {"n_tokens": n_tokens, "dose": dose, "dose_per_token": dose / n_tokens}
+    each = [_as_json(score, tokens) for score in scores]
+    return json.dumps({"traces": len(scores), **read, **total, "scores": each})
 
 
 def _as_json(score: Score, tokens: bool) -> dict[str, Any]:
@@ -76,7 +102,7 @@ def _as_json(score: Score, tokens: bool) -> dict[str, Any]:
     }
 
 
-def table(scores: Sequence[Score], n_cut: int, n_skipped: int) -> str:
+def table(scores: Sequence[Score], counts: Counts) -> str:
     """A row a trace, and one of all."""
     n_tokens, dose = sum(s.n_tokens for s in scores), sum(s.dose for s in scores)
     most, least = (
@@ -89,7 +115,8 @@ def table(scores: Sequence[Score], n_cut: int, n_skipped: int) -> str:
         for s, high, low in zip(scores, most, least, strict=True)
     ]
     head = f"      dose  per token  tokens  {'trace':{wide}}  {'most loaded tokens':{wider}}  least loaded tokens"
-    last = f"{dose:+10.2f}  {dose / n_tokens:+9.4f}  {n_tokens:6}  all {len(scores)} ({n_cut} cut, {n_skipped} skipped)"
+    last = f"{dose:+10.2f}  {dose / n_tokens:+9.4f}  {n_tokens:6}  all {len(scores)} "
+    last += "; ".join([f"({counts.n_cut} cut, {counts.n_skipped} skipped)", *counts.notes])
     return "\n".join([head, *rows, last])
 
 

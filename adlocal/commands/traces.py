@@ -22,23 +22,22 @@ from ..engine.sequences import Request, Sampling
 from ..errors import AdlocalError, InputError, TraceError
 from ..files import sha256
 from ..llamacpp.gguf import GGUFHeader
-from ..traces import TraceEncoder
-from ..traces.prompts import final_answer
-from ..traces.records import Row, check_messages, prompt_of, read_rows
-from ..traces.writer import OURS, Output
+from ..traces import Prompt, TraceEncoder, TraceWriter, final_answer, read_prompts, remarks
+from ..traces.writer import check_unanswered
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A row to answer, and its prompt's token ids."""
+class EncodedPrompt:
+    """A prompt, and its token ids."""
 
-    row: Row
+    prompt: Prompt
     tokens: list[int]
 
 
 def run(args: argparse.Namespace) -> None:
     """Writes the traces; a summary goes to stderr, and with --json as one object to stdout."""
-    rows = read_prompts(args.prompts)
+    asked = read_prompts(args.prompts)
+    check_unanswered(asked)
     if args.out.exists() and args.prompts.exists() and os.path.samefile(args.out, args.prompts):
         raise InputError(f"{args.out} is the file of prompts; give another -o")
     if args.best_of > 1 and args.temp == 0:
@@ -56,17 +55,20 @@ def run(args: argparse.Namespace) -> None:
         answer=final_answer if args.consistent else None,
     )
     with closing(teacher):
-        prompts = _encode(rows, teacher, args.raw)
-        output = Output(args.out, [prompt.row for prompt in prompts], _made_by(args, teacher), args.overwrite)
-        seconds, n_sampled = _finish(teacher, prompts, output, args)
+        encoder = TraceEncoder(teacher.model, raw=args.raw)
+        prompts = _encode(asked, encoder, teacher.n_ctx)
+        writer = TraceWriter(args.out, [each.prompt for each in prompts], _made_by(args, teacher), args.overwrite)
+        notes = remarks(asked, encoder)
+        seconds, n_sampled = _finish(teacher, prompts, writer, args)
     summary = {
-        "traces": output.n_rows,
-        **{name: output.counts[name] for name in ("stop", "length", "empty")},
-        "skipped": len(rows) - len(prompts),
-        "resumed": output.n_resumed,
+        "traces": writer.n_rows,
+        **{name: writer.counts[name] for name in ("stop", "length", "empty")},
+        "skipped": len(asked) - len(prompts),
+        "resumed": writer.n_resumed,
         "tokens": n_sampled,
         "seconds": seconds,
         "tokens_per_second": n_sampled / seconds,
+        "notes": notes,
     }
     print(_describe(summary, teacher.n_ctx), file=sys.stderr)
     if args.json:
@@ -74,12 +76,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _finish(
-    teacher: ParallelLlama, prompts: Sequence[Prompt], output: Output, args: argparse.Namespace
+    teacher: ParallelLlama, prompts: Sequence[EncodedPrompt], writer: TraceWriter, args: argparse.Namespace
 ) -> tuple[float, int]:
     try:
-        return _harvest(teacher, prompts, output, args)
+        return _harvest(teacher, prompts, writer, args)
     except KeyboardInterrupt:
-        left = f"{output.n_rows} of {len(prompts)} traces are in {args.out}; the same command goes on"
+        left = f"{writer.n_rows} of {len(prompts)} traces are in {args.out}; the same command goes on"
         print(left, end="", file=sys.stderr)  # what main prints next begins a line
         raise
     except OSError as error:
@@ -95,51 +97,19 @@ def _describe(summary: dict[str, Any], n_ctx: int) -> str:
         f"{summary['skipped']} skipped, their prompts fill the context of {n_ctx} tokens" if summary["skipped"] else "",
         f"{summary['resumed']} were there already" if summary["resumed"] else "",
         f"{summary['tokens']:,} tokens, {summary['tokens_per_second']:.1f} a second",
+        *summary["notes"],
     ]
     return "; ".join(part for part in parts if part)
 
 
-def read_prompts(source: str | os.PathLike[str]) -> list[Row]:
-    """Rows with a prompt: a string or messages under "prompt", else "messages", else a "question".
-
-    Raises:
-        TraceError: the source cannot be read, or a row of it has no prompt to answer; the message says which.
-    """
-    rows = read_rows(source)
-    if not rows:
-        raise TraceError(f'{source}: no prompts; give lines like {{"prompt": "..."}}')
-    for row in rows:
-        _check_prompt(row)
-    return rows
-
-
-def _check_prompt(row: Row) -> None:
-    where, fields = row
-    prompt = prompt_of(fields)
-    if not isinstance(prompt, (str, list)):
-        raise TraceError(
-            f'{where}: has {sorted(fields)}, expected "prompt", a string or a list of messages, or a list "messages", '
-            'or "question"'
-        )
-    if not (prompt.strip() if isinstance(prompt, str) else prompt):
-        raise TraceError(f"{where}: the prompt is empty; remove the line")
-    if isinstance(prompt, list):
-        check_messages(where, prompt)
-        if (role := prompt[-1]["role"]) not in ("user", "tool"):
-            raise TraceError(f'{where}: the messages end with a turn of "{role}"; let them end with the user\'s')
-    if taken := [name for name in OURS if name in fields]:
-        raise TraceError(f'{where}: has "{taken[0]}" already, which is to be generated; rename it, to "answer" perhaps')
-
-
-def _encode(rows: Sequence[Row], teacher: ParallelLlama, raw: bool) -> list[Prompt]:
+def _encode(asked: Sequence[Prompt], encoder: TraceEncoder, n_ctx: int) -> list[EncodedPrompt]:
     """The prompts that leave room in the context for an answer."""
-    encoder = TraceEncoder(teacher.model, raw=raw)
-    prompts = [Prompt(row, encoder.encode_prompt(row.where, prompt_of(row.fields))) for row in rows]
-    if nothing := [prompt.row.where for prompt in prompts if not prompt.tokens]:
+    prompts = [EncodedPrompt(each, encoder.encode_prompt(each.where, each.prompt, each.tools)) for each in asked]
+    if nothing := [each.prompt.where for each in prompts if not each.tokens]:
         raise TraceError(f"{nothing[0]}: the chat template makes no text of the prompt; check its roles, or say --raw")
-    fitting = [prompt for prompt in prompts if len(prompt.tokens) < teacher.n_ctx]
+    fitting = [each for each in prompts if len(each.tokens) < n_ctx]
     if not fitting:
-        raise TraceError(f"all {len(rows)} prompts fill the context of {teacher.n_ctx} tokens; ask for a larger one")
+        raise TraceError(f"all {len(asked)} prompts fill the context of {n_ctx} tokens; ask for a larger one")
     return fitting
 
 
@@ -172,7 +142,7 @@ def derive_seed(seed: int, tokens: Sequence[int], nth: int) -> int:
     return int.from_bytes(digest[:4], "little") % 0xFFFFFFFF  # llama.cpp takes that number for "a random seed"
 
 
-def _requests(prompts: Sequence[Prompt], args: argparse.Namespace) -> Iterator[Request]:
+def _requests(prompts: Sequence[EncodedPrompt], args: argparse.Namespace) -> Iterator[Request]:
     seen: Counter[tuple[int, ...]] = Counter()
     for i, prompt in enumerate(prompts):
         key = tuple(prompt.tokens)
@@ -181,14 +151,14 @@ def _requests(prompts: Sequence[Prompt], args: argparse.Namespace) -> Iterator[R
 
 
 def _harvest(
-    teacher: ParallelLlama, prompts: Sequence[Prompt], output: Output, args: argparse.Namespace
+    teacher: ParallelLlama, prompts: Sequence[EncodedPrompt], writer: TraceWriter, args: argparse.Namespace
 ) -> tuple[float, int]:
     """Seconds and sampled tokens that it took to finish the file."""
-    requests = [r for r in _requests(prompts, args) if r.index >= output.n_rows]
-    with output, tqdm(total=len(prompts), initial=output.n_rows, desc="traces", unit="trace") as bar:
+    requests = [r for r in _requests(prompts, args) if r.index >= writer.n_rows]
+    with writer, tqdm(total=len(prompts), initial=writer.n_rows, desc="traces", unit="trace") as bar:
         speed = _Speed(bar)
         for completion in teacher.generate(requests, _sampling(args), speed.count):
-            bar.update(output.add(completion, teacher.text(completion.tokens)))
+            bar.update(writer.add(completion, teacher.text(completion.tokens)))
         return speed.seconds, speed.n_tokens
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import llama_cpp
 from llama_cpp._internals import LlamaModel
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from ..errors import TraceError
+from ..errors import InputError, TraceError
+from ..llamacpp.chat import ChatTemplate, thought
 from ..llamacpp.tokens import token_pieces
-from .trace import Message, Trace
+from .messages import Message
+from .trace import Trace
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,14 @@ class EncodedTrace:
         return EncodedTrace(self.where, self.tokens[:n_ctx], self.targets[:n_ctx])
 
 
+class _Piece(NamedTuple):
+    """Part of a trace's text. `counts` says that it was sampled, `ended` that its turn came to its end."""
+
+    text: str
+    counts: bool
+    ended: bool = True
+
+
 class TraceEncoder:
     """Turns traces into token ids with one model's tokenizer and chat template.
 
@@ -41,13 +51,19 @@ class TraceEncoder:
     Args:
         model: where tokenizer and template come from.
         raw: concatenate string pairs as they are, even if the model has a chat template.
+
+    Attributes:
+        template: the model's chat template, None if it has none.
     """
 
     def __init__(self, model: LlamaModel, *, raw: bool = False) -> None:
         self._model = model
-        template = model.metadata().get("tokenizer.chat_template")
-        self._open, self._closed = (_formatter(model, template, generate) for generate in (True, False))
-        self._raw = raw or template is None
+        self.template = ChatTemplate.of(model)
+        self._raw = raw or self.template is None
+
+    def is_raw(self, messages: Sequence[Message] | None) -> bool:
+        """Whether the template has no part in a text: messages have always need of it."""
+        return self._raw and not messages
 
     def encode(self, trace: Trace) -> EncodedTrace:
         """Token ids of a trace and which of them count.
@@ -55,22 +71,22 @@ class TraceEncoder:
         Raises:
             TraceError: the template cannot render the trace, or nothing in it counts.
         """
-        raw = self._raw and trace.messages is None
-        pieces = [(trace.prompt or "", False), (trace.completion or "", True)] if raw else self._rendered(trace)
+        raw = self.is_raw(trace.messages)
         tokens: list[int] = []
         targets: list[bool] = []
-        for i, (text, counts) in enumerate(pieces):
-            ids = self._tokenize(text, trace.where, raw, is_first=i == 0)
+        for i, piece in enumerate(_joined(trace) if raw else self._rendered(trace)):
+            ids = self._tokenize(piece.text, trace.where, raw, is_first=i == 0)
             tokens += ids
-            ended = trace.ended or i < len(pieces) - 1
-            targets += self._until_end(ids, ended) if counts else [False] * len(ids)
+            targets += self._until_end(ids, piece.ended) if piece.counts else [False] * len(ids)
         if targets:
             targets[0] = False  # nothing comes before the first token to predict it from
         if not any(targets):
             raise TraceError(f"{trace.where}: no token of it counts in the loss; check its roles and completion")
         return EncodedTrace(trace.where, tokens, targets)
 
-    def encode_prompt(self, where: str, prompt: str | Sequence[Message]) -> list[int]:
+    def encode_prompt(
+        self, where: str, prompt: str | Sequence[Message], tools: Sequence[dict[str, Any]] = ()
+    ) -> list[int]:
         """Token ids of a prompt alone, up to where the model is to answer.
 
         Raises:
@@ -79,9 +95,9 @@ class TraceEncoder:
         if isinstance(prompt, str) and self._raw:
             return self._tokenize(prompt, where, raw=True, is_first=True)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if self._open is None:
-            raise _no_template(where)
-        return self._tokenize(self._text(self._open, messages, where), where, raw=False, is_first=True)
+        with _located(where):
+            text = self._needed(where).render(messages, tools=tools, add_generation_prompt=True)
+        return self._tokenize(text, where, raw=False, is_first=True)
 
     def narrowed(self, traces: Iterable[EncodedTrace], expression: str) -> list[EncodedTrace]:
         """The traces with only those targets whose own text holds a match; those that have none are left out."""
@@ -103,36 +119,45 @@ class TraceEncoder:
         ids: list[int] = self._model.tokenize(_utf8(text, where), add_bos=is_first and raw, special=not raw)
         return ids
 
-    def _rendered(self, trace: Trace) -> list[tuple[str, bool]]:
+    def _needed(self, where: str) -> ChatTemplate:
+        if self.template is None:
+            raise TraceError(f"{where}: messages need a chat template and the model has none; use string pairs")
+        return self.template
+
+    def _rendered(self, trace: Trace) -> list[_Piece]:
         """The conversation's text, cut where assistant turns that count begin and end."""
-        messages = list(trace.messages or _as_messages(trace))
-        if self._open is None or self._closed is None:
-            raise _no_template(trace.where)
-        pieces: list[tuple[str, bool]] = []
+        template, messages = self._needed(trace.where), list(trace.messages or _as_messages(trace))
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+        pieces: list[_Piece] = []
         done = ""
-        for i, message in enumerate(messages):
-            if i < trace.n_given or message["role"] != "assistant":
-                continue
-            before, after = (
-                self._text(self._open, messages[:i], trace.where),
-                self._text(self._closed, messages[: i + 1], trace.where),
-            )
+        for i in self._learned(trace, messages):
+            ended = trace.ended or i != last
+            with _located(trace.where):
+                before, after = template.turn(messages, i, tools=trace.tools, ended=ended)
             if not (before.startswith(done) and after.startswith(before)):
                 raise TraceError(
                     f"{trace.where}: the chat template rewrites earlier turns, so turn {i + 1} cannot be told apart; "
                     "give one assistant turn a line"
                 )
-            pieces += [(before[len(done) :], False), (after[len(before) :], True)]
+            said = after[len(before) :]
+            _check_reasoning(trace.where, messages[i], said)
+            said = said if ended else _without_closing(said, messages[i])
+            pieces += [_Piece(before[len(done) :], False), _Piece(said, True, ended)]
             done = after
-        if pieces and not trace.ended:
-            pieces[-1] = (_without_closing(pieces[-1][0], _last_answer(messages)), True)
         return pieces
 
-    def _text(self, formatter: Jinja2ChatFormatter, messages: Sequence[Message], where: str) -> str:
-        try:
-            return str(formatter(messages=cast(Any, messages)).prompt)
-        except Exception as error:  # a template may raise anything
-            raise TraceError(f"{where}: the model's chat template refuses the messages: {error}") from None
+    def _learned(self, trace: Trace, messages: Sequence[Message]) -> list[int]:
+        """The turns that count: the assistant's own, where the template has a place for what they say."""
+        template = self._needed(trace.where)
+        turns = [i for i, message in enumerate(messages) if i >= trace.n_given and message["role"] == "assistant"]
+        turns = [i for i in turns if i not in trace.unlearned]
+        said = [i for i in turns if template.knows_tool_calls or not _only_calls(messages[i])]
+        if turns and not said:
+            raise TraceError(
+                f"{trace.where}: its answers are calls of tools, and the model's chat template has no place for them; "
+                "remove the line, or take a model whose template has"
+            )
+        return said
 
     def _until_end(self, ids: list[int], ended: bool) -> list[bool]:
         """True up to the end-of-turn token, and for it if the turn ended; what a template puts after it is never
@@ -165,28 +190,46 @@ def _utf8(text: str, where: str) -> bytes:
         raise TraceError(f"{where}: half a surrogate pair, no text ({error.reason}); mend or remove the line") from None
 
 
-def _no_template(where: str) -> TraceError:
-    return TraceError(f"{where}: messages need a chat template and the model has none; use string pairs")
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Says of a template's refusal which record it is about."""
+    try:
+        yield
+    except TraceError:
+        raise
+    except InputError as error:
+        raise TraceError(f"{where}: {error}") from None
 
 
-def _last_answer(messages: Sequence[Message]) -> str:
-    return str(next(m["content"] for m in reversed(messages) if m["role"] == "assistant") or "")
+def _check_reasoning(where: str, message: Message, text: str) -> None:
+    if (reasoning := message.get("reasoning_content", "").strip()) and reasoning not in text:
+        raise TraceError(
+            f"{where}: the model's chat template drops the reasoning of a turn that is to be learned; put it into the "
+            "content as the model writes it"
+        )
 
 
-def _without_closing(text: str, answer: str) -> str:
+def _only_calls(message: Message) -> bool:
+    has_text = message["content"].strip() or message.get("reasoning_content", "").strip()
+    return bool(message.get("tool_calls")) and not has_text
+
+
+def _without_closing(text: str, message: Message) -> str:
     """A rendered answer without what the template closes it with; whole if the template changed the answer itself."""
+    answer = message["content"] if message["content"].strip() else message.get("reasoning_content", "")
     for said in (answer, answer.strip()):  # templates strip
-        if said and said in text:
+        if said and said in text and not message.get("tool_calls"):
             return text[: text.rindex(said) + len(said)]
     return text
 
 
+def _joined(trace: Trace) -> list[_Piece]:
+    """A pair of strings as it is."""
+    said = (thought(trace.reasoning) if trace.reasoning else "") + (trace.completion or "")
+    return [_Piece(trace.prompt or "", False), _Piece(said, True, trace.ended)]
+
+
 def _as_messages(trace: Trace) -> list[Message]:
-    return [{"role": "user", "content": trace.prompt}, {"role": "assistant", "content": trace.completion}]
-
-
-def _formatter(model: LlamaModel, template: str | None, generate: bool) -> Jinja2ChatFormatter | None:
-    if template is None:
-        return None
-    bos, eos = (model.token_get_text(token) if token >= 0 else "" for token in (model.token_bos(), model.token_eos()))
-    return Jinja2ChatFormatter(template=template, eos_token=eos, bos_token=bos, add_generation_prompt=generate)
+    answer = {"role": "assistant", "content": trace.completion}
+    answer |= {"reasoning_content": trace.reasoning} if trace.reasoning else {}
+    return [{"role": "user", "content": trace.prompt}, answer]

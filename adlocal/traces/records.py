@@ -1,157 +1,132 @@
-"""Rows of a data source: a JSON lines file, a Parquet file, or a Hugging Face datasets id."""
+"""Records: what a data file holds, whatever its format. Every text that adlocal reads as data comes in here."""
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import AdlocalError, TraceError
+from .. import files
+from ..errors import TraceError
+from . import tables
 
 # owner/name, owner/name/config, either with :split. A known ending makes it a file, which is then missing.
 _DATASET = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(?:/(?P<name>[\w.-]+))?(?::(?P<split>\w+))?")
-_FILE_ENDINGS = (".csv", ".gguf", ".gz", ".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".zst")
+_JSON_ENDINGS = (".json", ".jsonl", ".ndjson")
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+#: Endings that say what a file is, and that it is nothing to read records from.
+_REFUSED = (
+    *(".7z", ".arrow", ".bz2", ".docx", ".feather", ".gguf", ".html", ".md", ".ods", ".pdf", ".pkl", ".tar", ".tgz"),
+    *(".toml", ".txt", ".xls", ".xlsx", ".xml", ".xz", ".yaml", ".yml", ".zip", ".zst"),
+)
+_FILE_ENDINGS = (*_JSON_ENDINGS, *_SEPARATORS, *_REFUSED, ".gz", ".parquet")
+_FORMATS = "JSON lines (.jsonl), a JSON array (.json), CSV, TSV, gzip of these (.gz), or Parquet"
+_GZIP_MAGIC = b"\x1f\x8b"
+_BYTE_ORDER_MARK = "\ufeff"
 
 
-class Row(NamedTuple):
-    """One row and where it stands, for messages: `FILE:LINE`, or `FILE:ROW` where there are no lines."""
+class Record(NamedTuple):
+    """One record and where it stands, for messages: `FILE:LINE`, or `FILE:ROW` where there are no lines."""
 
     where: str
     fields: dict[str, Any]
 
 
-def read_rows(source: str | os.PathLike[str]) -> list[Row]:
-    """Reads JSON lines, Parquet (`*.parquet`), or a dataset, `owner/name[/config][:split]`, if there is no such file.
+def read_records(source: str | os.PathLike[str]) -> list[Record]:
+    """Reads a file, or a dataset `owner/name[/config][:split]` if there is no such file.
+
+    Text is UTF-8, with or without a byte-order mark: JSON lines, one JSON array, CSV or TSV with a header, each of them
+    gzipped or not. `*.parquet` is read too.
 
     Raises:
-        TraceError: the source cannot be read, or a line is no JSON object.
-        AdlocalError: what Parquet and datasets need is not installed.
+        TraceError: the source cannot be read, or something in it is no record; the message gives its line or row.
+        AdlocalError: what CSV, TSV, Parquet and datasets need is not installed.
     """
     path, text = Path(source), os.fspath(source)
     dataset = _DATASET.fullmatch(text)
     if dataset and not path.is_file() and not text.lower().endswith(_FILE_ENDINGS):
-        return _numbered(text, _dataset_rows(text, **dataset.groupdict()))
-    if path.suffix.lower() == ".parquet":
-        return _numbered(text, _parquet_rows(path))
-    return read_json_lines(path)
+        return _numbered(text, tables.dataset_rows(text, **dataset.groupdict()))
+    ending = Path(path.name.lower().removesuffix(".gz")).suffix
+    if ending in _REFUSED:
+        raise TraceError(f"{path}: {ending} is no format that adlocal reads; give {_FORMATS}")
+    if ending == ".parquet":
+        return _numbered(text, tables.parquet_rows(path))
+    content = _read_text(path)
+    if ending in _SEPARATORS:
+        return _numbered(text, tables.separated_rows(content, path, _SEPARATORS[ending]))
+    return _json_array(content, path) if content.lstrip().startswith("[") else parse_json_lines(content, path)
 
 
-def read_json_lines(path: str | os.PathLike[str]) -> list[Row]:
-    """Rows of a JSON lines file; blank lines are passed over and counted.
+def holds_json_lines(path: Path) -> bool:
+    """Whether a file of JSON lines may have this name: `read_records` would take some endings for other formats."""
+    ending = path.suffix.lower()
+    return ending in _JSON_ENDINGS or ending not in _FILE_ENDINGS
+
+
+def parse_json_lines(text: str, path: str | os.PathLike[str]) -> list[Record]:
+    """Records of JSON lines that were read already; blank lines are passed over and counted. `path` is for messages.
 
     Raises:
-        TraceError: the file cannot be read, or a line is no JSON object; the message gives its number.
+        TraceError: a line is no JSON object; the message gives its number.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TraceError(f"{path}: cannot be read as UTF-8 text ({error}); give a JSON lines file") from None
-    return parse_json_lines(text, path)
-
-
-def parse_json_lines(text: str, path: str | os.PathLike[str]) -> list[Row]:
-    """Rows of JSON lines that were read already; `path` is for messages. Raises as `read_json_lines` does."""
     lines = text.split("\n")  # splitlines() would also break at U+2028 and others, which JSON allows in a string
-    return [_parse(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    marked = [line.removeprefix(_BYTE_ORDER_MARK) for line in lines]  # files that were joined have several marks
+    return [_record(_loads(line, f"{path}:{n}"), f"{path}:{n}") for n, line in enumerate(marked, 1) if line.strip()]
 
 
-def _parse(line: str, where: str) -> Row:
+def digest(source: str | os.PathLike[str], parts: Iterable[str]) -> str:
+    """SHA-256 of a file, or of `parts` where the source is a dataset."""
+    if os.path.isfile(source):
+        return files.sha256(source)
+    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _read_text(path: Path) -> str:
     try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
+        data = path.read_bytes()
+        is_gzip = data.startswith(_GZIP_MAGIC)
+        if path.suffix.lower() == ".gz" and not is_gzip:
+            raise TraceError(f"{path}: is no gzip, whatever its name; unpack or rename it")
+        return (_unpacked(data, path) if is_gzip else data).decode("utf-8").removeprefix(_BYTE_ORDER_MARK)
+    except (OSError, UnicodeDecodeError) as error:
         raise TraceError(
-            f"{where}: broken JSON at column {error.colno} ({error.msg}); mend or remove the line"
+            f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8, or give a JSON lines file"
         ) from None
+
+
+def _unpacked(data: bytes, path: Path) -> bytes:
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise TraceError(f"{path}: broken gzip ({error}); give a whole file") from None
+
+
+def _json_array(text: str, path: Path) -> list[Record]:
+    rows = _loads(text, str(path), "give the whole array, or JSON lines")
+    return [_record(row, f"{path}:{n}") for n, row in enumerate(rows, 1)]
+
+
+def _loads(text: str, where: str, remedy: str = "mend or remove the line") -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f" of line {error.lineno}" if error.lineno > 1 else ""
+        raise TraceError(f"{where}: broken JSON at column {error.colno}{line} ({error.msg}); {remedy}") from None
     except (ValueError, RecursionError) as error:  # numbers and nesting beyond Python's limits
         raise TraceError(f"{where}: JSON that Python cannot hold ({error}); remove the line") from None
+
+
+def _record(fields: Any, where: str) -> Record:
     if not isinstance(fields, dict):
         raise TraceError(f"{where}: expected a JSON object, found {type(fields).__name__}")
-    return Row(where, fields)
+    return Record(where, fields)
 
 
-def prompt_of(fields: dict[str, Any]) -> Any:
-    """What a row asks: its "prompt", else its "messages", else its "question", else None."""
-    return fields.get(_prompt_key(fields))
-
-
-def completion_of(fields: dict[str, Any]) -> Any:
-    """What answers a row's prompt: its "completion", else the "answer" to its "question", else None."""
-    return fields.get("completion", fields.get("answer") if _prompt_key(fields) == "question" else None)
-
-
-def _prompt_key(fields: dict[str, Any]) -> str:
-    return next((key for key in ("prompt", "messages") if fields.get(key) is not None), "question")
-
-
-def is_empty(fields: dict[str, Any]) -> bool:
-    """Whether a generated completion has no text: some teachers end their turn at once."""
-    completion = fields.get("completion")
-    parts = completion if isinstance(completion, list) else [{"content": completion}]
-    text = "".join(str(part.get("content") or "") for part in parts if isinstance(part, dict))
-    return {"completion", "finish_reason"} <= fields.keys() and not text.strip()
-
-
-def check_messages(where: str, messages: list[Any]) -> None:
-    """Refuses a list with anything but messages in it."""
-    for message in messages:
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):
-            raise TraceError(f'{where}: a message needs "role" and "content", found {str(message)[:80]}')
-
-
-def _parquet_rows(path: Path) -> Iterable[dict[str, Any]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise _not_installed(path, error) from None
-    try:
-        rows: list[dict[str, Any]] = parquet.ParquetFile(path).read().to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise TraceError(f"{path}: cannot be read as Parquet ({_first_line(error)}); give a whole file") from None
-    return rows
-
-
-def _dataset_rows(source: str, path: str, name: str | None, split: str | None) -> Iterable[dict[str, Any]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise _not_installed(source, error) from None
-    try:
-        return [dict(row) for row in datasets.load_dataset(path, name, split=split or "train")]
-    except Exception as error:  # it runs code of many libraries, each with its own exceptions
-        raise TraceError(f"{source}: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong in `load_dataset`, and the remedy."""
-    said = _first_line(error)
-    if type(error).__name__ in ("DatasetNotFoundError", "GatedRepoError", "RepositoryNotFoundError"):
-        return f"no such file, and no dataset that you may read ({said}); check the name, or run `hf auth login`"
-    if isinstance(error, OSError):
-        return f"no such file, and the dataset cannot be fetched ({said}); check the network, or give a local file"
-    return f"datasets cannot load it ({said}); give owner/name, owner/name:split or owner/name/config:split"
-
-
-def _not_installed(source: str | os.PathLike[str], error: ImportError) -> AdlocalError:
-    return AdlocalError(
-        f"{source}: reading it needs {error.name}, which is not installed; run: pip install 'adlocal[datasets]'"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join((str(error).strip() or type(error).__name__).split("\n")[0].split())
-
-
-def _numbered(source: str, rows: Iterable[dict[str, Any]]) -> list[Row]:
-    return [Row(f"{source}:{n}", _without_nulls(fields)) for n, fields in enumerate(rows, 1)]
-
-
-def _without_nulls(value: Any) -> Any:
-    """Takes out the nulls with which a table fills keys that a row does not have: chat templates ask whether a message
-    has "tool_calls". A message without content says so with a null of its own."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(v) for key, v in value.items() if v is not None or key == "content"}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+def _numbered(source: str, rows: Sequence[dict[str, Any]]) -> list[Record]:
+    return [Record(f"{source}:{n}", fields) for n, fields in enumerate(rows, 1)]

@@ -1,31 +1,25 @@
-"""Traces: rows in TRL's conventions, rendered by the model's own chat template and tokenized by llama.cpp.
+"""Traces: what a teacher or a person answered, from records in any shape that docs/data.md lists.
 
-{"prompt": str, "completion": str}    {"prompt": [message, ...], "completion": [message, ...]}
-{"messages": [message, ...]}          message: {"role": str, "content": str}
-
-A question is a prompt too, and without a completion its answer is one, as in GSM8K. "finish_reason": "length" says that
-the completion was cut short.
+"finish_reason": "length" says that the completion was cut short.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import files
 from ..errors import TraceError
-from .records import Row, check_messages, completion_of, is_empty, prompt_of, read_rows
-
-Message = dict[str, Any]
+from . import shapes
+from .messages import Message, one_reasoning, read_turns
+from .records import Record, digest, read_records
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One row of a trace file.
+    """One record of a trace file.
 
     Attributes:
         where: file and line, for messages.
@@ -33,6 +27,10 @@ class Trace:
         n_given: how many of the messages are the prompt; the loss is on assistant turns after them.
         prompt, completion: the pair of strings, or None.
         ended: whether the last answer came to its end; one that was cut short teaches no end of turn.
+        reasoning: what precedes the completion of a pair of strings; messages have their own "reasoning_content".
+        tools: what the conversation may call.
+        unlearned: which messages are assistant turns that are context only, though they are not given.
+        unused: keys of the record or its messages that adlocal does not know.
     """
 
     where: str
@@ -41,6 +39,15 @@ class Trace:
     prompt: str | None = None
     completion: str | None = None
     ended: bool = True
+    reasoning: str = ""
+    tools: tuple[dict[str, Any], ...] = ()
+    unlearned: tuple[int, ...] = ()
+    unused: tuple[str, ...] = ()
+
+    @property
+    def has_reasoning(self) -> bool:
+        """Whether reasoning stands beside the text."""
+        return bool(self.reasoning) or any("reasoning_content" in message for message in self.messages or ())
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class TraceFile:
     Attributes:
         traces: in the file's order, each once.
         n_duplicates: traces left out because an earlier one has the same prompt and completion.
-        n_empty: rows left out because their generated completion has no text.
+        n_empty: records left out because their generated completion has no text.
         sha256: of the file; of the traces where they come from a dataset.
     """
 
@@ -62,50 +69,87 @@ class TraceFile:
     def __iter__(self) -> Iterator[Trace]:
         return iter(self.traces)
 
+    @property
+    def n_reasoning(self) -> int:
+        """Traces with reasoning beside the text."""
+        return sum(trace.has_reasoning for trace in self.traces)
 
-def read_traces(path: str | os.PathLike[str]) -> TraceFile:
-    """Reads traces from JSON lines, Parquet (`*.parquet`) or a Hugging Face dataset, `owner/name[/config][:split]`.
+
+def read_traces(source: str | os.PathLike[str]) -> TraceFile:
+    """Reads traces from whatever `read_records` reads.
 
     Raises:
-        TraceError: the file is missing or empty, or a row is no trace; the message gives its number.
-        AdlocalError: Parquet and datasets need the extra `adlocal[datasets]`.
+        TraceError: the source cannot be read or is empty, or a record is no trace; the message gives its number.
+        AdlocalError: what reading it needs is not installed.
     """
-    rows = read_rows(path)
-    found = [_trace(row) for row in rows if not is_empty(row.fields)]
+    records = read_records(source)
+    found = [_trace(record) for record in records if not shapes.is_empty(record.fields)]
     traces: dict[str, Trace] = {}
     for trace in found:
         traces.setdefault(_identity(trace), trace)
     if not traces:
-        raise TraceError(f'{path}: no traces; give lines like {{"prompt": "...", "completion": "..."}}')
-    digest = files.sha256(path) if os.path.isfile(path) else hashlib.sha256("\n".join(traces).encode()).hexdigest()
-    return TraceFile(list(traces.values()), len(found) - len(traces), len(rows) - len(found), digest)
+        raise TraceError(f'{source}: no traces; give lines like {{"prompt": "...", "completion": "..."}}')
+    n_duplicates, n_empty = len(found) - len(traces), len(records) - len(found)
+    return TraceFile(list(traces.values()), n_duplicates, n_empty, digest(source, traces))
 
 
-def _trace(row: Row) -> Trace:
-    where, fields = row
-    prompt, completion, messages = prompt_of(fields), completion_of(fields), fields.get("messages")
-    ended = fields.get("finish_reason") != "length"
+def _trace(record: Record) -> Trace:
+    where, fields = record = shapes.unwrapped(record)
+    prompt, completion = shapes.prompt_of(record), shapes.completion_of(record)
+    if isinstance(completion, str) and isinstance(prompt, (str, list)) and not completion.strip():
+        raise TraceError(f"{where}: the completion is empty; remove the line")
     if isinstance(prompt, str) and isinstance(completion, str):
-        if not completion.strip():
-            raise TraceError(f"{where}: the completion is empty; remove the line")
-        return Trace(where, prompt=prompt, completion=completion, ended=ended)
+        return _pair(record, prompt, completion)
+    if isinstance(prompt, list) and isinstance(completion, str):
+        answer = {"role": "assistant", "content": completion, **shapes.reasoning_of(record)}
+        return _conversation(record, [*prompt, answer], 0 if shapes.learns_history(record) else len(prompt))
+    beside = tuple(shapes.reasoning_of(record))  # of which of the turns?
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _conversation(where, [*prompt, *completion], len(prompt), ended)
-    if isinstance(messages, list):
-        return _conversation(where, messages, 0, ended)
-    raise TraceError(
-        f'{where}: has {sorted(fields)}, expected "prompt" and "completion", both strings or both lists of messages, '
-        'or a list "messages", or "question" and "answer"'
+        return _conversation(record, [*prompt, *completion], len(prompt), beside)
+    if (messages := shapes.conversation_of(record)) is not None:
+        return _conversation(record, messages, 0, beside)
+    raise TraceError(f"{where}: has {sorted(fields)}, expected {shapes.EXPECTED}")
+
+
+def _pair(record: Record, prompt: str, completion: str) -> Trace:
+    return Trace(
+        record.where,
+        prompt=prompt,
+        completion=completion,
+        ended=_ended(record),
+        reasoning=one_reasoning(record.where, list(shapes.reasoning_of(record).values())),
+        tools=shapes.tools_of(record),
+        unused=shapes.unused_of(record),
     )
 
 
+def _conversation(record: Record, given: Sequence[Any], n_given: int, beside: tuple[str, ...] = ()) -> Trace:
+    turns = read_turns(record.where, given)
+    learned = [i for i in range(n_given, len(given)) if i not in turns.unlearned]
+    if not any(_is_answer(turns.messages[i]) for i in learned):
+        raise TraceError(f"{record.where}: no assistant turn with text to learn from; remove the line")
+    return Trace(
+        record.where,
+        messages=turns.messages,
+        n_given=n_given,
+        ended=_ended(record),
+        tools=shapes.tools_of(record),
+        unlearned=tuple(i for i in turns.unlearned if i >= n_given),
+        unused=(*turns.unused, *beside, *shapes.unused_of(record)),
+    )
+
+
+def _ended(record: Record) -> bool:
+    return record.fields.get("finish_reason") != "length"
+
+
+def _is_answer(message: Message) -> bool:
+    said = message["content"].strip() or message.get("reasoning_content", "").strip() or message.get("tool_calls")
+    return message["role"] == "assistant" and bool(said)
+
+
 def _identity(trace: Trace) -> str:
-    return json.dumps([trace.prompt, trace.completion, trace.messages, trace.n_given], sort_keys=True, default=str)
-
-
-def _conversation(where: str, messages: list[Any], n_given: int, ended: bool) -> Trace:
-    check_messages(where, messages)
-    answers = [m for m in messages[n_given:] if m["role"] == "assistant" and str(m["content"] or "").strip()]
-    if not answers:
-        raise TraceError(f"{where}: no assistant turn with text to learn from; remove the line")
-    return Trace(where, messages=tuple(messages), n_given=n_given, ended=ended)
+    """All that makes a trace another one to learn from."""
+    pair = [trace.prompt, trace.completion, trace.reasoning]
+    conversation = [trace.messages, trace.n_given, trace.unlearned, trace.tools]
+    return json.dumps([pair, conversation], sort_keys=True, default=str)

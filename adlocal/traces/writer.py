@@ -15,18 +15,33 @@ from typing import Any
 
 from ..engine.sequences import Completion
 from ..errors import TraceError
-from .records import Row, is_empty, parse_json_lines, prompt_of
+from .prompts import Prompt
+from .records import Record, holds_json_lines, parse_json_lines
+from .shapes import is_empty
 
 #: What a trace has beside the fields of its prompt.
 OURS = ("completion", "finish_reason", "n_tokens", "generated_by")
 
 
-class Output:
+def check_unanswered(prompts: Sequence[Prompt]) -> None:
+    """Refuses prompts whose records have a key that a trace gets.
+
+    Raises:
+        TraceError: naming the first.
+    """
+    for where, fields in (prompt.record for prompt in prompts):
+        if taken := [name for name in OURS if name in fields]:
+            raise TraceError(
+                f'{where}: has "{taken[0]}" already, which is to be generated; rename it, to "answer" perhaps'
+            )
+
+
+class TraceWriter:
     """The file of traces. Making one checks what an earlier run left there; nothing is changed before `__enter__`.
 
     Args:
         path: of the file.
-        prompts: the rows to answer, in order.
+        prompts: to answer, in order.
         made_by: what the text depends on besides the prompt: the teacher, and the settings by name.
         overwrite: start again, whatever lies there.
 
@@ -39,7 +54,9 @@ class Output:
         TraceError: the file was made by another teacher, from other prompts or with other settings.
     """
 
-    def __init__(self, path: Path, prompts: Sequence[Row], made_by: dict[str, Any], overwrite: bool) -> None:
+    def __init__(self, path: Path, prompts: Sequence[Prompt], made_by: dict[str, Any], overwrite: bool) -> None:
+        if not holds_json_lines(path):
+            raise TraceError(f"{path}: traces are written as JSON lines; give a name that ends in .jsonl")
         self._path, self._prompts, self._made_by = path, prompts, made_by
         self._waiting: dict[int, bytes] = {}
         self.counts: Counter[str] = Counter()
@@ -47,7 +64,7 @@ class Output:
         self._n_bytes = 0 if overwrite else self._read()
         self.n_resumed = self.n_rows
 
-    def __enter__(self) -> Output:
+    def __enter__(self) -> TraceWriter:
         self._file = open(self._path, "ab")
         self._file.truncate(self._n_bytes)
         return self
@@ -57,10 +74,10 @@ class Output:
 
     def add(self, completion: Completion, text: str) -> int:
         """Takes a completion and returns how many rows could be written then."""
-        fields = self._prompts[completion.index].fields
-        said = text if isinstance(prompt_of(fields), str) else [{"role": "assistant", "content": text}]
+        prompt = self._prompts[completion.index]
+        said = text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}]
         row = {
-            **fields,
+            **prompt.record.fields,
             "completion": said,
             "finish_reason": completion.finish_reason,
             "n_tokens": len(completion.tokens),
@@ -93,13 +110,13 @@ class Output:
             self._check(row, prompt)
             self._count(row.fields)
         self.n_rows = len(rows)
-        begun = b"".join(_json(prompt.fields)[:-1] for prompt in self._prompts[self.n_rows :][:1])
+        begun = b"".join(_json(prompt.record.fields)[:-1] for prompt in self._prompts[self.n_rows :][:1])
         rest = data[len(kept) :]
         if rest[: len(begun)] != begun[: len(rest)]:
             raise self._refusal(f"{self._path}: its last line is none of this run")
         return len(kept)
 
-    def _check(self, row: Row, prompt: Row) -> None:
+    def _check(self, row: Record, prompt: Prompt) -> None:
         """Refuses a row that this run would not have written for the prompt."""
         made_by = row.fields.get("generated_by")
         if not isinstance(made_by, dict) or any(name not in row.fields for name in OURS):
@@ -111,7 +128,7 @@ class Output:
             raise self._refusal(
                 f"{row.where}: was made with {name} {made_by.get(name)}, this run has {self._made_by.get(name)}"
             )
-        if _json({k: v for k, v in row.fields.items() if k not in OURS}) != _json(prompt.fields):
+        if _json({k: v for k, v in row.fields.items() if k not in OURS}) != _json(prompt.record.fields):
             raise self._refusal(f"{row.where}: answers another prompt than {prompt.where}")
 
     def _refusal(self, problem: str) -> TraceError:

@@ -24,7 +24,7 @@ from adlocal.calibrate import search as budget
 from adlocal.calibrate.curve import Curve
 from adlocal.cli import main
 from adlocal.llamacpp.gguf import GGUFHeader, write_metadata
-from adlocal.traces.prompts import final_answer, join_answers, read_prompts
+from adlocal.traces import final_answer, join_answers, read_prompts
 from support import tiny
 from support.reference import Reference, Samples, log_softmax, sampling
 
@@ -462,9 +462,13 @@ def test_answers_are_matched_by_line_or_id(tmp_path: Path) -> None:
         ([], ["--kl", "1"], "no prompts; give lines like"),
         (["{"], ["--kl", "1"], "p.jsonl:1: broken JSON"),
         (["3"], ["--kl", "1"], "expected a JSON object, found int"),
-        ([{"text": "a"}], ["--kl", "1"], "p.jsonl:1: has ['text'], expected text or messages"),
-        ([{"prompt": " "}], ["--kl", "1"], "expected text or messages"),
-        ([{"prompt": [{"role": "user"}]}], ["--kl", "1"], "expected text or messages"),
+        (
+            [{"text": "a"}],
+            ["--kl", "1"],
+            "p.jsonl:1: has ['text'], expected \"prompt\", a string or a list",
+        ),
+        ([{"prompt": " "}], ["--kl", "1"], "the prompt is empty; remove the line"),
+        ([{"prompt": [{"role": "user"}]}], ["--kl", "1"], 'a message needs "role" and "content"'),
         ([{"prompt": "a", "answer": "none"}], ["--kl", "1"], "the answer 'none' holds no number"),
         ([{"prompt": "a"}], ["--accuracy-drop", "5"], 'p.jsonl:1: --accuracy-drop needs an "answer" in each line'),
         ([{"prompt": "a"}], ["--kl", "0"], "--kl 0: give a positive number of nats a token, for example 0.1"),

@@ -16,7 +16,7 @@ import transformers
 
 from adlocal.engine.sequences import Completion
 from adlocal.errors import InputError
-from adlocal.traces.writer import Output
+from adlocal.traces import TraceWriter
 from adlocal_convert.demo.word_problems import word_problems
 from examples.lab.real import command as real
 from examples.lab.real.lora import Lesson, Student, Tuning
@@ -134,15 +134,15 @@ def test_traces_that_were_stopped_go_on(
 ) -> None:
     written: list[int] = []
 
-    def add(output: Output, completion: Completion, text: str) -> int:
+    def add(output: TraceWriter, completion: Completion, text: str) -> int:
         if sum(written) >= 2:
             raise KeyboardInterrupt
         written.append(real_add(output, completion, text))
         return written[-1]
 
-    real_add = Output.add
+    real_add = TraceWriter.add
     with monkeypatch.context() as patch:
-        patch.setattr(Output, "add", add)
+        patch.setattr(TraceWriter, "add", add)
         run(status=130)
     capsys.readouterr()
     found = results(run())

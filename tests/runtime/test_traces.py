@@ -221,11 +221,11 @@ TABLE: list[dict[str, Any]] = [
 
 
 def table_traces(source: object) -> list[Trace]:
-    """TABLE's traces. A column's nulls are keys that a row does not have, but for the content of a message."""
+    """TABLE's traces. A column's nulls are keys that a row does not have; the content of a message is empty then."""
     return [
         Trace(f"{source}:1", prompt="1 + 1?", completion="2"),
         Trace(f"{source}:2", messages=(USER, ANSWER)),
-        Trace(f"{source}:3", messages=tuple(CALLED)),
+        Trace(f"{source}:3", messages=(CALLED[0], {**CALLED[1], "content": ""}, *CALLED[2:])),
     ]
 
 

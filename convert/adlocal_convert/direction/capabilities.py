@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from adlocal.errors import ConversionError, InputError
 from adlocal.files import write_failure
-from adlocal.traces import EncodedTrace, TraceEncoder, encode_all, read_traces
+from adlocal.traces import EncodedTrace, TraceEncoder, encode_all, read_traces, remarks
 
 from ..model.proxy import Proxy
 from .gradient import Gradient, Settings, compute_gradient
@@ -64,14 +64,15 @@ class Capability:
             n_without = n_whole - len(learned)
             if not learned:
                 raise InputError(f"--loss-on {loss_on}: found in no token of {path}'s completions; give another")
-        left_out = {
+        counts = {
             "cut to the context": n_cut,
             "skipped, their prompts fill it": n_skipped,
             "duplicates, left out": read.n_duplicates,
             "left out, they have no text": read.n_empty,
             "left out, no token of them counts": n_without,
         }
-        return cls(name, learned, held_out, read.sha256, _report(name, learned, held_out, left_out))
+        notes = [*(f"{n} {what}" for what, n in counts.items() if n), *remarks(read, encoder)]
+        return cls(name, learned, held_out, read.sha256, _report(name, learned, held_out, notes))
 
     def gradient(
         self, proxy: Proxy, base_sha256: str, params: str, names: Sequence[str], cache: Path, settings: Settings
@@ -148,12 +149,10 @@ def _check_room(cache: Path, n_bytes: int) -> None:
         )
 
 
-def _report(
-    name: str, learned: Sequence[EncodedTrace], held_out: Sequence[EncodedTrace], counts: Mapping[str, int]
-) -> str:
+def _report(name: str, learned: Sequence[EncodedTrace], held_out: Sequence[EncodedTrace], notes: Sequence[str]) -> str:
     n_tokens = sum(t.n_targets for t in learned)
     line = f"{name}: {len(learned)} traces with {n_tokens:,} tokens to learn from, {len(held_out)} held out"
-    return "; ".join([line, *(f"{n} {what}" for what, n in counts.items() if n)])
+    return "; ".join([line, *notes])
 
 
 def _counting(bar: tqdm[object]) -> Callable[[float, float], None]:

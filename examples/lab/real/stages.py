@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from adlocal import cli
-from adlocal.commands.traces import read_prompts
 from adlocal.errors import AdlocalError, InputError
-from adlocal.traces.prompts import final_answer
-from adlocal.traces.records import is_empty, prompt_of, read_json_lines
+from adlocal.traces import Record, final_answer, read_prompts, read_records
+from adlocal.traces.prompts import read_prompt
+from adlocal.traces.shapes import is_empty
 
 from ..stages import Stage, ordered, run
 from .lora import Lesson, Student, Tuning
@@ -36,11 +36,16 @@ class Problem:
     @property
     def prompt(self) -> Any:
         """A string, or messages."""
-        return prompt_of(json.loads(self.row))
+        return _prompt_of(json.loads(self.row))
 
     def is_right(self, text: str) -> bool:
         """Whether the final number of a text (after "####" if it has that, else its last) is the answer's."""
         return final_answer(text) == final_answer(str(json.loads(self.row)["answer"]))
+
+
+def _prompt_of(fields: dict[str, Any]) -> Any:
+    prompt = read_prompt(Record("problem", fields)).prompt
+    return prompt if isinstance(prompt, str) else list(prompt)
 
 
 def read_problems(option: str, source: str, n: int | None) -> tuple[Problem, ...]:
@@ -49,13 +54,14 @@ def read_problems(option: str, source: str, n: int | None) -> tuple[Problem, ...
     Raises:
         InputError: the source cannot be read, has fewer than `n`, or a row has no prompt or no number in its answer.
     """
-    rows = read_prompts(source)
-    if n is not None and len(rows) < n:
-        raise InputError(f"{option} {source}: has {len(rows)} problems, fewer than the {n} asked for")
-    for where, fields in rows[:n]:
+    prompts = read_prompts(source)
+    if n is not None and len(prompts) < n:
+        raise InputError(f"{option} {source}: has {len(prompts)} problems, fewer than the {n} asked for")
+    records = [prompt.record for prompt in prompts[:n]]
+    for where, fields in records:
         if final_answer(str(fields.get("answer", ""))) is None:
             raise InputError(f'{where}: no "answer" with a number to grade by; give one, as in GSM8K: "... #### 72"')
-    return tuple(Problem(json.dumps(fields, ensure_ascii=False, default=str)) for _, fields in rows[:n])
+    return tuple(Problem(json.dumps(fields, ensure_ascii=False, default=str)) for _, fields in records)
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ class Teaching(Stage):
 
     def traces(self, root: Path) -> list[dict[str, Any]]:
         """The rows of traces.jsonl, each with whether it is "right" and its completion's "text"."""
-        return [_graded(row.fields) for row in read_json_lines(self.path(root) / "traces.jsonl")]
+        return [_graded(row.fields) for row in read_records(self.path(root) / "traces.jsonl")]
 
 
 def _graded(row: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +162,7 @@ class Tuned(Stage):
         if not kept:
             reason = "are right; leave out --only-right" if rows else "have text; is the teacher a model for chats?"
             raise AdlocalError(f"none of the teacher's {len(self.teaching.rows)} traces {reason}")
-        traces = [Lesson(prompt_of(row), row["text"], row["finish_reason"] != "length") for row in kept]
+        traces = [Lesson(_prompt_of(row), row["text"], row["finish_reason"] != "length") for row in kept]
         losses = self.model.tune(traces, self.tuning, out)
         (out / "losses.json").write_text(json.dumps({"n_examples": len(traces), "losses": losses}))
 
@@ -189,7 +195,7 @@ class Grade(Stage):
 
     def right(self, root: Path) -> list[bool]:
         """Whether each answer is right."""
-        return [row.fields["right"] for row in read_json_lines(self.path(root) / "answers.jsonl")]
+        return [row.fields["right"] for row in read_records(self.path(root) / "answers.jsonl")]
 
 
 @dataclass(frozen=True)

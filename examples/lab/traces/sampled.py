@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 
 from adlocal.engine.sequences import Request
-from adlocal.traces.prompts import final_answer
+from adlocal.traces import final_answer
 
 from ..models.pretrained import N_PREDICT, Pretrained
 from ..stages import Stage
