@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import llama_cpp
@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from ..errors import ConversionError, InputError
 from ..llama import AntidistillationLlama
+from ..settings import Settings
+from ..statistics import ratio_error
 from ..traces import Prompt, TraceEncoder, final_answer, remarks
 from .curve import MOST_STRENGTH, Curve, Point
 
@@ -24,17 +26,17 @@ GUARDS = (0.02, 0.05, 0.1, 0.2)
 _N_ROUNDS = 8
 _TOLERANCE = 0.05
 #: Only the top token passes guard 1, so nothing is shifted; a strength above 0 has the pair evaluated all the same.
-UNPROTECTED = {"strength": 1e-6, "guard": 1.0}
+UNPROTECTED = Settings(strength=1e-6, guard=1.0)
 
 
 @dataclass(frozen=True)
-class Round:
+class Measurement:
     """Text of every prompt at one strength.
 
     Attributes:
         kl, dose: a token, over all tokens.
         kl_error: one standard error of `kl`, over the prompts; 0 for a single prompt.
-        accuracy: share of the completions whose final number is the answer; None without answers.
+        right: whether the final number of each completion is the answer, in the prompts' order; None without answers.
         n_cut: completions that ended by the limit of tokens.
     """
 
@@ -43,11 +45,20 @@ class Round:
     kl: float
     kl_error: float
     dose: float
-    accuracy: float | None
+    right: tuple[bool, ...] | None
     n_cut: int
 
+    @property
+    def accuracy(self) -> float | None:
+        """The share of completions that are right; None without answers."""
+        return None if self.right is None else sum(self.right) / len(self.right)
 
-class Work:
+
+#: All measurements of a search, and the chosen one.
+Found = tuple[list[Measurement], Measurement]
+
+
+class ProtectedWriter:
     """A teacher, its pair and the prompts, ready to write text at any strength.
 
     The seed of a prompt is the same in every round, so that rounds differ by what the strength does. Top-k, top-p and
@@ -84,7 +95,7 @@ class Work:
         answers = [None if prompt.answer is None else final_answer(prompt.answer) for prompt in prompts]
         self._answers = None if None in answers else answers
 
-    def plain(self, guard: float) -> tuple[Curve, Round]:
+    def plain(self, guard: float) -> tuple[Curve, Measurement]:
         """The plain teacher's own text: its rows, for guards from `guard` up, and the text as a round."""
         llm, pair = self.llm, self.llm.pair
         n_rows = len(self.prompts) * self._n_predict
@@ -97,14 +108,14 @@ class Work:
 
         return curve, self._write(0.0, "plain teacher", UNPROTECTED, watch)
 
-    def round(self, strength: float, guard: float) -> Round:
+    def round(self, strength: float, guard: float) -> Measurement:
         """Protected text."""
-        return self._write(strength, f"strength {strength:.3g}", {"strength": strength, "guard": guard})
+        return self._write(strength, f"strength {strength:.3g}", Settings(strength, guard))
 
     def _write(
-        self, strength: float, title: str, settings: dict[str, float], watch: Callable[[], None] = lambda: None
-    ) -> Round:
-        sums, right, n_cut = [], 0, 0
+        self, strength: float, title: str, settings: Settings, watch: Callable[[], None] = lambda: None
+    ) -> Measurement:
+        sums, right, n_cut = [], [], 0
         total = len(self.prompts) * self._n_predict
         with tqdm(total=total, desc=title, unit="token", file=sys.stderr, leave=False) as bar:
             for i, prompt in enumerate(self.prompts):
@@ -113,18 +124,20 @@ class Work:
                 text, ended = self._complete(prompt, settings, watch, bar)
                 dose = self.llm.last_dose
                 sums.append((dose.n_tokens, dose.kl, dose.total or 0.0))
-                right += self._answers is not None and final_answer(text) == self._answers[i]
+                if self._answers is not None:
+                    right.append(final_answer(text) == self._answers[i])
                 n_cut += not ended
         n, kl, dose_sum = np.sum(sums, axis=0).tolist()
-        accuracy = None if self._answers is None else right / len(self.prompts)
-        return Round(strength, int(n), kl / n, _ratio_error(np.array(sums)), dose_sum / n, accuracy, n_cut)
+        known = None if self._answers is None else tuple(right)
+        kl_error = ratio_error([each[1] for each in sums], [each[0] for each in sums])
+        return Measurement(strength, int(n), kl / n, kl_error, dose_sum / n, known, n_cut)
 
     def _complete(
-        self, prompt: list[int], settings: dict[str, float], watch: Callable[[], None], bar: tqdm[Any]
+        self, prompt: list[int], settings: Settings, watch: Callable[[], None], bar: tqdm[Any]
     ) -> tuple[str, bool]:
         """The completion's text, and whether the model ended it."""
         tokens: list[int] = []
-        with closing(self.llm.generate(prompt, temp=self.temperature, **settings)) as stream:
+        with closing(self.llm.generate(prompt, temp=self.temperature, **asdict(settings))) as stream:
             for token in itertools.islice(stream, self._n_predict):
                 watch()
                 bar.update()
@@ -133,15 +146,6 @@ class Work:
                 tokens.append(token)
         text = self.llm.detokenize(tokens).decode("utf-8", errors="replace")
         return text, len(tokens) < self._n_predict
-
-
-def _ratio_error(sums: Any) -> float:
-    """Standard error of Σ kl / Σ n over prompts, from rows of (n, kl, ...)."""
-    if len(sums) < 2:
-        return 0.0
-    n, kl = sums[:, 0], sums[:, 1]
-    residual = kl - n * (kl.sum() / n.sum())
-    return float(np.sqrt(len(sums) / (len(sums) - 1) * np.sum(residual**2)) / n.sum())
 
 
 def choose_guard(curve: Curve, kl: float) -> tuple[float, list[tuple[float, Point]]]:
@@ -153,7 +157,9 @@ def choose_guard(curve: Curve, kl: float) -> tuple[float, list[tuple[float, Poin
     return max(table, key=lambda row: row[1].dose)[0], table
 
 
-def spend_kl(work: Work, curve: Curve, budget: float, guard: float) -> tuple[list[Round], Round]:
+def spend_kl(
+    writer: ProtectedWriter, curve: Curve, budget: float, guard: float
+) -> tuple[list[Measurement], Measurement]:
     """Writes protected text until it spends `budget` nats a token, to 5 % or for 8 rounds.
 
     Each next strength is where the plain text's curve, scaled to the last round, meets the budget: the text that
@@ -162,11 +168,11 @@ def spend_kl(work: Work, curve: Curve, budget: float, guard: float) -> tuple[lis
     Raises:
         ConversionError: not even the greatest strength spends the budget.
     """
-    rounds: list[Round] = []
+    rounds: list[Measurement] = []
     low, high = 0.0, math.inf
     strength = _round(curve.solve(budget, guard) or MOST_STRENGTH)
     for _ in range(_N_ROUNDS):
-        last = work.round(strength, guard)
+        last = writer.round(strength, guard)
         rounds.append(last)
         if abs(last.kl - budget) <= _TOLERANCE * budget:
             break
@@ -188,7 +194,7 @@ def _round(strength: float) -> float:
     return float(f"{strength:.4g}")
 
 
-def _unreachable(rounds: Sequence[Round], budget: float, guard: float) -> None:
+def _unreachable(rounds: Sequence[Measurement], budget: float, guard: float) -> None:
     best = max(rounds, key=lambda r: r.kl)
     remedy = f"a smaller budget, or a --guard under {guard:g}" if guard > 0 else "a smaller budget"
     raise ConversionError(
@@ -197,7 +203,9 @@ def _unreachable(rounds: Sequence[Round], budget: float, guard: float) -> None:
     )
 
 
-def spend_accuracy(work: Work, plain: Round, budget: float, guard: float) -> tuple[list[Round], Round]:
+def spend_accuracy(
+    writer: ProtectedWriter, plain: Measurement, budget: float, guard: float
+) -> tuple[list[Measurement], Measurement]:
     """Bisects for the greatest strength whose accuracy is at most `budget` points under the plain teacher's.
 
     Raises:
@@ -205,15 +213,15 @@ def spend_accuracy(work: Work, plain: Round, budget: float, guard: float) -> tup
     """
     if not plain.accuracy:
         raise ConversionError(
-            f"the plain teacher answers none of {len(work.prompts)} prompts right ({plain.n_cut} were cut by -n): no "
+            f"the plain teacher answers none of {len(writer.prompts)} prompts right ({plain.n_cut} were cut by -n): no "
             "accuracy can drop; give easier prompts, or a larger -n"
         )
-    rounds: list[Round] = []
-    low: Round | None = None
+    rounds: list[Measurement] = []
+    low: Measurement | None = None
     high: float | None = None
     strength = 4.0
     for _ in range(_N_ROUNDS):
-        last = work.round(strength, guard)
+        last = writer.round(strength, guard)
         rounds.append(last)
         if accuracy_drop(plain, last) <= budget + 1e-9:
             low = last
@@ -238,6 +246,6 @@ def spend_accuracy(work: Work, plain: Round, budget: float, guard: float) -> tup
     return rounds, low
 
 
-def accuracy_drop(plain: Round, protected: Round) -> float:
+def accuracy_drop(plain: Measurement, protected: Measurement) -> float:
     """In percentage points; negative where protected text is right more often."""
     return 100 * ((plain.accuracy or 0.0) - (protected.accuracy or 0.0))

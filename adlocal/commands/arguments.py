@@ -6,6 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from ..settings import CALIBRATED, DEFAULT_GUARD, DEFAULT_STRENGTH
+
 
 def add_protected(parser: argparse.ArgumentParser, bundle_required: bool = False, n_predict: int = 256) -> None:
     """A teacher under protection, and how it is run."""
@@ -23,14 +25,15 @@ def add_protection(parser: argparse.ArgumentParser, required: bool = False) -> N
         "--strength",
         type=strength,
         metavar="NATS",
-        help="typical shift of a plausible token's logit; the calibrated one if the bundle has one, else 1",
+        help="typical shift of a plausible token's logit; the calibrated one if the bundle has one, else "
+        f"{DEFAULT_STRENGTH:g}",
     )
     parser.add_argument(
         "--guard",
         type=float,
         metavar="SHARE",
         help="minimum probability, as a share of the top token's, for a token to be lifted (0: no guard, as in the "
-        "paper; default: calibrated, else 0.05)",
+        f"paper; default: calibrated, else {DEFAULT_GUARD:g})",
     )
 
 
@@ -66,7 +69,7 @@ def seed(text: str) -> int:
 def strength(text: str) -> float | str:
     """Nats, or "calibrated"."""
     try:
-        return text if text == "calibrated" else float(text)
+        return text if text == CALIBRATED else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text}: give a number of nats, or calibrated") from None
 

@@ -8,8 +8,9 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..adjust import check_guard
@@ -21,8 +22,8 @@ from ..calibrate.search import (
     GUARDS,
     KL,
     UNPROTECTED,
-    Round,
-    Work,
+    Measurement,
+    ProtectedWriter,
     accuracy_drop,
     choose_guard,
     spend_accuracy,
@@ -30,6 +31,7 @@ from ..calibrate.search import (
 )
 from ..errors import InputError
 from ..settings import DEFAULT_GUARD
+from ..statistics import paired_error
 from ..traces import Prompt, check_answers, join_answers, read_prompts
 from ..traces.records import digest
 from .teacher import open_protected
@@ -38,26 +40,34 @@ _STRENGTHS = (0.0, *(2.0 ** (i / 2) for i in range(-6, 13)))
 _TEMPERATURES = {KL: 0.8, ACCURACY_DROP: 0.0}
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What may be spent: "kl", in nats a token, or "accuracy-drop", in percentage points."""
+
+    unit: str
+    value: float
+
+
 def run(args: argparse.Namespace) -> None:
     """Prints a table, or with --json one object, once the calibration lies in the bundle."""
-    kind, budget = _budget(args)
+    budget = _budget(args)
     if args.guard is not None:
         check_guard(args.guard)
     if args.plot is not None:
         calibration_plot.check(args.plot)
-    prompts = _prompts(args, kind)
-    with closing(open_protected(argparse.Namespace(**{**vars(args), **UNPROTECTED}))) as llm:
-        work = Work(
+    prompts = _prompts(args, budget.unit)
+    with closing(open_protected(args, UNPROTECTED)) as llm:
+        writer = ProtectedWriter(
             llm,
             prompts,
             n_predict=args.n_predict,
-            temperature=_TEMPERATURES[kind] if args.temp is None else args.temp,
+            temperature=_TEMPERATURES[budget.unit] if args.temp is None else args.temp,
             seed=args.seed,
             raw=args.raw,
         )
-        for note in work.notes:
+        for note in writer.notes:
             print(f"adlocal calibrate: prompts: {note}", file=sys.stderr)
-        calibration, guards = calibrate(work, kind, budget, args.guard, args.model, _digest(args.prompts, prompts))
+        calibration, guards = calibrate(writer, budget, args.guard, args.model, _digest(args.prompts, prompts))
     calibration.write(args.bundle)
     if args.plot is not None:
         calibration_plot.draw(calibration, args.plot)
@@ -69,24 +79,24 @@ def run(args: argparse.Namespace) -> None:
     _warn(calibration)
 
 
-def _budget(args: argparse.Namespace) -> tuple[str, float]:
-    kind, value, unit = (
+def _budget(args: argparse.Namespace) -> Budget:
+    unit, value, words = (
         (KL, args.kl, "nats a token") if args.kl is not None else (ACCURACY_DROP, args.accuracy_drop, "points")
     )
-    if not (math.isfinite(value) and value > 0) or (kind == ACCURACY_DROP and value >= 100):
+    if not (math.isfinite(value) and value > 0) or (unit == ACCURACY_DROP and value >= 100):
         raise InputError(
-            f"--{kind} {value:g}: give a positive number of {unit}, for example {'0.1' if kind == KL else '5'}"
+            f"--{unit} {value:g}: give a positive number of {words}, for example {'0.1' if unit == KL else '5'}"
         )
-    return kind, value
+    return Budget(unit, value)
 
 
-def _prompts(args: argparse.Namespace, kind: str) -> list[Prompt]:
+def _prompts(args: argparse.Namespace, unit: str) -> list[Prompt]:
     prompts = read_prompts(args.prompts)
     check_answers(prompts)
     if args.answers is not None:
         prompts = join_answers(prompts, args.answers)
     missing = next((prompt for prompt in prompts if prompt.answer is None), None)
-    if kind == ACCURACY_DROP and missing is not None:
+    if unit == ACCURACY_DROP and missing is not None:
         raise InputError(
             f'{missing.where}: --accuracy-drop needs an "answer" in each line; give them here, or by --answers'
         )
@@ -98,14 +108,13 @@ def _digest(source: Path, prompts: Sequence[Prompt]) -> str:
 
 
 def calibrate(
-    work: Work, kind: str, budget: float, guard: float | None, teacher: str, prompts_sha256: str
+    writer: ProtectedWriter, budget: Budget, guard: float | None, teacher: str, prompts_sha256: str
 ) -> tuple[Calibration, list[tuple[float, Point]]]:
     """Measures until the budget is spent.
 
     Args:
-        work: what writes the text.
-        kind: "kl", in nats a token, or "accuracy-drop", in percentage points.
-        budget: in that unit.
+        writer: what writes the text.
+        budget: how much may be spent.
         guard: None takes, for KL, the one of GUARDS with the largest dose for it, and else the default.
         teacher: its file, for the record.
         prompts_sha256: of the prompts, for the record.
@@ -116,57 +125,61 @@ def calibrate(
     Raises:
         ConversionError: the budget cannot be reached.
     """
-    curve, plain = work.plain(min(GUARDS) if guard is None else guard)
+    curve, plain = writer.plain(min(GUARDS) if guard is None else guard)
     guards: list[tuple[float, Point]] = []
-    if guard is None and kind == KL:
-        guard, guards = choose_guard(curve, budget)
+    if guard is None and budget.unit == KL:
+        guard, guards = choose_guard(curve, budget.value)
     guard = DEFAULT_GUARD if guard is None else guard
-    spend = spend_kl(work, curve, budget, guard) if kind == KL else spend_accuracy(work, plain, budget, guard)
-    return _record(work, kind, budget, guard, curve, [plain, *spend[0]], spend[1], teacher, prompts_sha256), guards
+    if budget.unit == KL:
+        measured, chosen = spend_kl(writer, curve, budget.value, guard)
+    else:
+        measured, chosen = spend_accuracy(writer, plain, budget.value, guard)
+    values = {
+        "bundle_id": writer.llm.pair.bundle.id,
+        "guard": guard,
+        "teacher": teacher_identity(teacher),
+        "prompts_sha256": prompts_sha256,
+        "n_prompts": len(writer.prompts),
+        "temperature": writer.temperature,
+        **_spent(budget, plain, chosen),
+        **_measured([plain, *measured]),
+        **_along_plain_text(curve, guard),
+    }
+    return Calibration(version=CALIBRATION_VERSION, converter=f"adlocal {__version__}", **values), guards
 
 
-def _record(
-    work: Work,
-    kind: str,
-    budget: float,
-    guard: float,
-    curve: Curve,
-    rounds: Sequence[Round],
-    chosen: Round,
-    teacher: str,
-    prompts_sha256: str,
-) -> Calibration:
-    plain, rounds = rounds[0], sorted(rounds, key=lambda r: r.strength)
+def _spent(budget: Budget, plain: Measurement, chosen: Measurement) -> dict[str, Any]:
+    """The fields of `Calibration` that tell of the budget and what was spent of it."""
+    is_kl = budget.unit == KL
+    return {
+        "strength": chosen.strength,
+        "budget_kind": budget.unit,
+        "budget": budget.value,
+        "reached": chosen.kl if is_kl else accuracy_drop(plain, chosen),
+        "standard_error": chosen.kl_error if is_kl else 100 * paired_error(plain.right or (), chosen.right or ()),
+        "n_tokens": chosen.n_tokens,
+    }
+
+
+def _measured(measurements: Sequence[Measurement]) -> dict[str, Any]:
+    """The fields of `Calibration` that tell of the protected text, by strength."""
+    ordered = sorted(measurements, key=lambda measurement: measurement.strength)
+    return {
+        "measured_strength": [m.strength for m in ordered],
+        "measured_kl": [m.kl for m in ordered],
+        "measured_dose": [m.dose for m in ordered],
+        "measured_accuracy": [m.accuracy for m in ordered if m.accuracy is not None],
+    }
+
+
+def _along_plain_text(curve: Curve, guard: float) -> dict[str, Any]:
+    """The fields of `Calibration` that tell what each strength would do along the plain teacher's text."""
     points = [curve.at(strength, guard) for strength in _STRENGTHS]
-    n = len(work.prompts)
-    return Calibration(
-        version=CALIBRATION_VERSION,
-        bundle_id=work.llm.pair.bundle.id,
-        converter=f"adlocal {__version__}",
-        strength=chosen.strength,
-        guard=guard,
-        budget_kind=kind,
-        budget=budget,
-        reached=chosen.kl if kind == KL else accuracy_drop(plain, chosen),
-        standard_error=chosen.kl_error if kind == KL else _accuracy_error(plain, chosen, n),
-        teacher=teacher_identity(teacher),
-        prompts_sha256=prompts_sha256,
-        n_prompts=n,
-        n_tokens=chosen.n_tokens,
-        temperature=work.temperature,
-        measured_strength=[r.strength for r in rounds],
-        measured_kl=[r.kl for r in rounds],
-        measured_dose=[r.dose for r in rounds],
-        measured_accuracy=[r.accuracy for r in rounds if r.accuracy is not None],
-        curve_strength=[point.strength for point in points],
-        curve_kl=[point.kl for point in points],
-        curve_dose=[point.dose for point in points],
-    )
-
-
-def _accuracy_error(plain: Round, chosen: Round, n: int) -> float:
-    """Standard error of a drop between two accuracies over n prompts each, in points, as if they were independent."""
-    return 100 * math.sqrt(sum((r.accuracy or 0.0) * (1 - (r.accuracy or 0.0)) for r in (plain, chosen)) / n)
+    return {
+        "curve_strength": [point.strength for point in points],
+        "curve_kl": [point.kl for point in points],
+        "curve_dose": [point.dose for point in points],
+    }
 
 
 def table(calibration: Calibration, guards: Sequence[tuple[float, Point]] = ()) -> str:

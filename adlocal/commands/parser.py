@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from ..bundle import HALVES, NAMES
 from ..bundle.choices import BALANCED, PARAMS, QUALITIES
+from ..settings import DEFAULT_GUARD
 from .arguments import add_protected, add_protection, add_runtime, add_sampling, count, eps, seed, temperature
 
 Handler = Callable[[argparse.Namespace], None]
@@ -224,7 +225,10 @@ def _add_calibrate(verbs: Any) -> None:
     budget.add_argument("--kl", type=float, metavar="NATS", help="budget: KL to the teacher, nats a token")
     budget.add_argument("--accuracy-drop", type=float, metavar="PCT", help="budget: points of accuracy to lose at most")
     parser.add_argument(
-        "--guard", type=float, metavar="SHARE", help="fixed; else the one with the largest dose for --kl, or 0.05"
+        "--guard",
+        type=float,
+        metavar="SHARE",
+        help=f"fixed; else the one with the largest dose for --kl, or {DEFAULT_GUARD:g}",
     )
     parser.add_argument("--temp", type=temperature, metavar="T", help="0.8 for --kl, greedy for --accuracy-drop")
     parser.add_argument("-n", "--n-predict", type=count, default=256, metavar="N", help="most tokens a prompt")

@@ -10,6 +10,7 @@ import llama_cpp
 from ..llama import AntidistillationLlama
 from ..llamacpp.gguf import GGUFHeader
 from ..llamacpp.model import refusals
+from ..settings import Settings
 
 
 class PlainLlama(llama_cpp.Llama):
@@ -27,11 +28,10 @@ def open_teacher(args: argparse.Namespace) -> llama_cpp.Llama:
     return open_plain(args) if args.bundle is None else open_protected(args)
 
 
-def open_protected(args: argparse.Namespace) -> AntidistillationLlama:
-    """The teacher with `--bundle`, at `--strength` and `--guard`."""
-    return AntidistillationLlama(
-        args.model, bundle=args.bundle, strength=args.strength, guard=args.guard, **_arguments(args)
-    )
+def open_protected(args: argparse.Namespace, settings: Settings | None = None) -> AntidistillationLlama:
+    """The teacher with `--bundle`, at these settings, or at those that `--strength` and `--guard` ask for."""
+    strength, guard = (args.strength, args.guard) if settings is None else (settings.strength, settings.guard)
+    return AntidistillationLlama(args.model, bundle=args.bundle, strength=strength, guard=guard, **_arguments(args))
 
 
 def open_plain(args: argparse.Namespace) -> llama_cpp.Llama:

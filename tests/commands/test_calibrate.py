@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import llama_cpp
@@ -20,9 +22,10 @@ import pytest
 
 from adlocal import AntidistillationLlama, Calibration, ConversionError, Dose, InputError, ProxyPair, adjust
 from adlocal.bundle.calibration import CALIBRATION_NAME, teacher_identity
-from adlocal.calibrate import search as budget
+from adlocal.calibrate import search
 from adlocal.calibrate.curve import Curve
 from adlocal.cli import main
+from adlocal.commands.calibrate import Budget, calibrate
 from adlocal.llamacpp.gguf import GGUFHeader, write_metadata
 from adlocal.traces import final_answer, join_answers, read_prompts
 from support import tiny
@@ -68,8 +71,8 @@ def llm(tiny_llama: Path, tiny_bundle: Path) -> Iterator[AntidistillationLlama]:
         yield llm
 
 
-def work(llm: AntidistillationLlama, prompts: Path, temperature: float = 0.8) -> budget.Work:
-    return budget.Work(llm, read_prompts(prompts), n_predict=N_PREDICT, temperature=temperature)
+def writer(llm: AntidistillationLlama, prompts: Path, temperature: float = 0.8) -> search.ProtectedWriter:
+    return search.ProtectedWriter(llm, read_prompts(prompts), n_predict=N_PREDICT, temperature=temperature)
 
 
 # The budget
@@ -157,15 +160,22 @@ def test_the_curve_solves_for_a_budget() -> None:
     assert curve.solve(100.0, 0.05) is None
 
 
-class FakeWork:
+class FakeWriter:
     """Text whose KL or accuracy is a function of strength."""
 
     def __init__(self, kl: Callable[[float], float], accuracy: Callable[[float], float]) -> None:
         self.prompts = [[0]] * 20
         self._kl, self._accuracy = kl, accuracy
 
-    def round(self, strength: float, guard: float) -> budget.Round:
-        return budget.Round(strength, 100, self._kl(strength), 0.0, 1.0, self._accuracy(strength), 0)
+    def _right(self, strength: float) -> tuple[bool, ...]:
+        n = round(self._accuracy(strength) * len(self.prompts))
+        return tuple(i < n for i in range(len(self.prompts)))
+
+    def round(self, strength: float, guard: float) -> search.Measurement:
+        return search.Measurement(strength, 100, self._kl(strength), 0.0, 1.0, self._right(strength), 0)
+
+    def plain(self, guard: float) -> tuple[Curve, search.Measurement]:
+        return a_curve(), self.round(0.0, guard)
 
 
 def a_curve() -> Curve:
@@ -177,38 +187,48 @@ def a_curve() -> Curve:
 @pytest.mark.parametrize("factor", [0.2, 1.0, 4.0])
 def test_the_search_corrects_what_the_curve_foretells(factor: float) -> None:
     curve = a_curve()
-    work: Any = FakeWork(lambda s: factor * curve.at(s, 0.05).kl, lambda s: 1.0)
-    rounds, chosen = budget.spend_kl(work, curve, 0.1, 0.05)
+    writer: Any = FakeWriter(lambda s: factor * curve.at(s, 0.05).kl, lambda s: 1.0)
+    rounds, chosen = search.spend_kl(writer, curve, 0.1, 0.05)
     assert chosen.kl == pytest.approx(0.1, rel=0.05)
     assert len(rounds) <= 3
 
 
 def test_a_text_that_jumps_over_the_budget_gives_the_nearest_round() -> None:
-    work: Any = FakeWork(lambda s: 0.04 if s < 0.77 else 0.12, lambda s: 1.0)
-    rounds, chosen = budget.spend_kl(work, a_curve(), 0.1, 0.05)
+    writer: Any = FakeWriter(lambda s: 0.04 if s < 0.77 else 0.12, lambda s: 1.0)
+    rounds, chosen = search.spend_kl(writer, a_curve(), 0.1, 0.05)
     assert len(rounds) == 8
     assert chosen.kl == 0.12
 
 
 def test_the_greatest_strength_that_keeps_the_accuracy_is_found() -> None:
-    work: Any = FakeWork(lambda s: s, lambda s: 0.9 if s < 3 else 0.8 if s < 7 else 0.3)
-    plain = work.round(0.0, 0.05)
-    _, chosen = budget.spend_accuracy(work, plain, 10.0, 0.05)
+    writer: Any = FakeWriter(lambda s: s, lambda s: 0.9 if s < 3 else 0.8 if s < 7 else 0.3)
+    plain = writer.round(0.0, 0.05)
+    _, chosen = search.spend_accuracy(writer, plain, 10.0, 0.05)
     assert 6 < chosen.strength < 7
     with pytest.raises(ConversionError, match=r"none of 20 prompts right"):
-        budget.spend_accuracy(work, dataclasses.replace(plain, accuracy=0.0), 10.0, 0.05)
-    broken: Any = FakeWork(lambda s: s, lambda s: 0.5)
+        search.spend_accuracy(writer, dataclasses.replace(plain, right=(False,) * 20), 10.0, 0.05)
+    broken: Any = FakeWriter(lambda s: s, lambda s: 0.5)
     with pytest.raises(ConversionError, match=r"cannot be kept: the least was 40 at strength 4"):
-        budget.spend_accuracy(broken, plain, 10.0, 0.05)
+        search.spend_accuracy(broken, plain, 10.0, 0.05)
+
+
+def test_the_error_of_a_drop_is_that_of_pairs(tiny_llama: Path) -> None:
+    """18 and 16 of 20 prompts right, the 16 among the 18: two differences of one, and not 11.2 points."""
+    writer: Any = FakeWriter(lambda s: s, lambda s: 0.9 if s < 3 else 0.8 if s < 7 else 0.3)
+    writer.temperature = 0.0
+    writer.llm = SimpleNamespace(pair=SimpleNamespace(bundle=SimpleNamespace(id="0" * 64)))
+    found, _ = calibrate(writer, Budget(search.ACCURACY_DROP, 10.0), 0.05, str(tiny_llama), "0" * 64)
+    assert found.reached == pytest.approx(10.0)
+    assert found.standard_error == pytest.approx(100 * math.sqrt((2 * 0.9**2 + 18 * 0.1**2) / 19 / 20))
 
 
 def test_accuracy_is_that_of_the_final_number(
     llm: AntidistillationLlama, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = iter(["so 1003", "1,005.", "#### 1007", "1009 or 5", "nothing", "1013.0"])
-    monkeypatch.setattr(budget.Work, "_complete", lambda *_: (next(texts), True))
+    monkeypatch.setattr(search.ProtectedWriter, "_complete", lambda *_: (next(texts), True))
     llm.last_dose = Dose(0.5, 0.05, n_tokens=1)
-    assert work(llm, prompts).round(0.5, 0.05).accuracy == pytest.approx(4 / 6)
+    assert writer(llm, prompts).round(0.5, 0.05).accuracy == pytest.approx(4 / 6)
 
 
 def test_the_plain_round_is_the_plain_teachers_text(
@@ -216,9 +236,9 @@ def test_the_plain_round_is_the_plain_teachers_text(
 ) -> None:
     """Token by token what strength 0 samples, with the pair evaluated and nothing shifted."""
     with sampling(monkeypatch, llm) as watched:
-        _, plain = work(llm, prompts).plain(0.05)
+        _, plain = writer(llm, prompts).plain(0.05)
     with sampling(monkeypatch, llm) as unprotected:
-        work(llm, prompts).round(0.0, 0.05)
+        writer(llm, prompts).round(0.0, 0.05)
     assert_same(watched, unprotected)
     assert plain.kl == 0
     assert plain.dose != 0
