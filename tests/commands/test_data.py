@@ -16,7 +16,7 @@ from pyarrow import parquet as pyarrow_parquet
 
 from adlocal import Calibration
 from adlocal.cli import main
-from adlocal.traces import read_traces
+from adlocal.traces import TraceEncoder, read_traces
 
 Run = Callable[..., tuple[int, str, str]]
 CopyBundle = Callable[[str], Path]
@@ -219,6 +219,24 @@ def test_calibrate_tells_of_tools_that_have_no_place(
     status, _, err = run(*argv, "-n", 4, "-c", 256, "-t", 1, "--guard", 0.05, "--json")
     assert status == 0
     assert f"adlocal calibrate: prompts: {NOTES[2]}" in err
+
+
+def test_calibrate_and_traces_give_tools_to_the_template(
+    run: Run, tiny_llama: Path, copy_bundle: CopyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[object] = []
+    encode = TraceEncoder.encode_prompt
+
+    def spy(self: TraceEncoder, where: str, prompt: Any, tools: Any = ()) -> list[int]:
+        given.append(tools)
+        return encode(self, where, prompt, tools)
+
+    monkeypatch.setattr(TraceEncoder, "encode_prompt", spy)
+    prompts = lines_of(tmp_path / "p.jsonl", {"messages": [USER], "tools": [TOOL]})
+    assert traces_of(run, tiny_llama, prompts, tmp_path / "t.jsonl")[0] == 0
+    argv = ["calibrate", "-m", tiny_llama, "--bundle", copy_bundle("b"), "--prompts", prompts, "--kl", 0.1]
+    assert run(*argv, "-n", 4, "-c", 256, "-t", 1, "--guard", 0.05)[0] == 0
+    assert given == [(TOOL,), (TOOL,)]
 
 
 def test_answers_come_from_any_format(run: Run, tiny_llama: Path, copy_bundle: CopyBundle, tmp_path: Path) -> None:

@@ -160,6 +160,17 @@ def test_parquet_of_any_shape(tmp_path: Path) -> None:
     assert (second.prompt, second.completion) == ("c", "d")
 
 
+def test_nulls_within_a_tables_cells_are_no_part_of_them(tmp_path: Path) -> None:
+    """Parquet gives each tool the parameters of all."""
+    names = ("city", "day")
+    of = [{"name": name, "parameters": {"properties": {name: {"type": "string"}}}} for name in names]
+    tools = [{"type": "function", "function": function} for function in of]
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": tools}
+    pyarrow_parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    (trace,) = read_traces(tmp_path / "a.parquet")
+    assert trace.tools == tuple(tools)
+
+
 # What is refused
 
 WHOLE = gzip.compress(LINE * 20)
