@@ -8,29 +8,26 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
-import numpy.typing as npt
 from llama_cpp._internals import LlamaBatch, LlamaModel
 from llama_cpp._logger import set_verbose
 
-from .. import adjust
 from ..bundle import ADAPTER, Bundle
 from ..errors import InputError, ProxyError
 from ..llamacpp import native
 from ..llamacpp.log import captured_log, last_line
 from ..llamacpp.model import offloaded
+from .analysis import Rows, TextAnalysis
 from .parameters import context_params
 from .state import PairState, get_state, set_state
 
-Rows = npt.NDArray[np.float32]
 
-
-class ProxyPair:
+class ProxyPair(TextAnalysis):
     """Two proxies in lockstep. Make one with `ProxyPair.open`; close it, or use it in a `with` statement.
 
     The pair knows which tokens its memory holds, so that `sync` can follow any jump of the teacher: prefix reuse,
@@ -258,7 +255,7 @@ class ProxyPair:
         keep = _common_prefix(self.tokens, tokens)
         if keep < len(self.tokens):
             self._truncate(keep)
-        self._evaluate(tokens[len(self.tokens) :], logits_all=False)
+        self.evaluate(tokens[len(self.tokens) :], logits_all=False)
 
     def adjust(self, logits: Any, strength: float, guard: float) -> list[tuple[float, int]]:
         """Adjusts the teacher's rows of the batch that was decoded last, in place.
@@ -298,40 +295,6 @@ class ProxyPair:
             raise ProxyError("the pair has no evaluated rows: decode a batch first")
         return self._rows
 
-    def delta(self, tokens: Sequence[int]) -> Rows:
-        """Δ after each prefix of `tokens`: row i is Δ for the token that follows tokens[: i + 1].
-
-        Returns:
-            float32 array of shape (len(tokens), n_vocab), in logits a unit of ε along ĝ.
-        """
-        return np.concatenate([adjust.delta(p, m, self.epsilon) for p, m in self.logits(tokens)])
-
-    def doses(self, tokens: Sequence[int]) -> list[float]:
-        """Dose of each token after the first, given those before it."""
-        return [
-            self.dose(row, tokens[first + row + 1])
-            for first, n_rows in self._chunks(tokens[:-1])
-            for row in range(n_rows)
-        ]
-
-    def logits(self, tokens: Sequence[int]) -> Iterator[tuple[Rows, Rows]]:
-        """(z₊, z₋) after each prefix of `tokens`, in chunks of at most `n_outputs` rows, each (rows, n_vocab).
-
-        A chunk is a view: it is valid until the next one is asked for.
-        """
-        return (self.rows() for _ in self._chunks(tokens))
-
-    def _chunks(self, tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Evaluates `tokens` afresh, a row for each; yields (index of the first, number of rows) of each decode."""
-        if not 0 < len(tokens) <= self.n_ctx:
-            raise InputError(
-                f"{len(tokens)} tokens given, expected 1 to n_ctx={self.n_ctx}; open the pair with a larger n_ctx"
-            )
-        self.clear()
-        for i in range(0, len(tokens), self.n_outputs):
-            self._evaluate(tokens[i : i + self.n_outputs], logits_all=True)
-            yield i, self._rows
-
     def clear(self) -> None:
         """Empties both memories."""
         self._changed()
@@ -352,11 +315,17 @@ class ProxyPair:
             self._lib.adl_pair_touch(self.handle)
             self.tokens = list(state.tokens)
 
-    def _evaluate(self, tokens: Sequence[int], *, logits_all: bool) -> None:
+    def evaluate(self, tokens: Sequence[int], *, logits_all: bool) -> int:
+        """Goes on from `self.tokens`, with a row for the last token of each batch, or for every one.
+
+        Returns:
+            the number of rows of the last batch; `rows` reads them.
+        """
         n_batch = self._batch._n_tokens
         for i in range(0, len(tokens), n_batch):
             self._batch.set_batch(tokens[i : i + n_batch], len(self.tokens), logits_all)
             self.decode(self._batch)
+        return self._rows
 
     def _truncate(self, n: int) -> None:
         """Drops every token from position n on. Recurrent memory cannot forget a part, and is cleared instead."""

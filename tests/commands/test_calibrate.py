@@ -214,6 +214,7 @@ def test_the_greatest_strength_that_keeps_the_accuracy_is_found() -> None:
 
 def test_the_error_of_a_drop_is_that_of_pairs(tiny_llama: Path) -> None:
     """18 and 16 of 20 prompts right, the 16 among the 18: two differences of one, and not 11.2 points."""
+    writer: Any = FakeWriter(lambda s: s, lambda s: 0.9 if s < 3 else 0.8 if s < 7 else 0.3)
     writer.temperature = 0.0
     writer.llm = SimpleNamespace(pair=SimpleNamespace(bundle=SimpleNamespace(id="0" * 64)))
     found, _ = calibrate(writer, Budget(search.ACCURACY_DROP, 10.0), 0.05, str(tiny_llama), "0" * 64)
