@@ -38,23 +38,8 @@ def run(args: argparse.Namespace) -> None:
     """Writes the traces; a summary goes to stderr, and with --json as one object to stdout."""
     asked = read_prompts(args.prompts)
     check_unanswered(asked)
-    if args.out.exists() and args.prompts.exists() and os.path.samefile(args.out, args.prompts):
-        raise InputError(f"{args.out} is the file of prompts; give another -o")
-    if args.best_of > 1 and args.temp == 0:
-        raise InputError(f"--best-of {args.best_of}: greedy traces of a prompt are all alike; give --temp, 0.7 perhaps")
-    teacher = ParallelLlama(
-        args.model,
-        n_ctx=args.ctx_size,
-        n_parallel=args.parallel,
-        n_threads=args.threads,
-        n_gpu_layers=args.gpu_layers,
-        bundle=args.bundle,
-        strength=args.strength,
-        guard=args.guard,
-        best_of=args.best_of,
-        answer=final_answer if args.consistent else None,
-    )
-    with closing(teacher):
+    _check(args)
+    with closing(_open_teacher(args)) as teacher:
         encoder = TraceEncoder(teacher.model, raw=args.raw)
         prompts = _encode(asked, encoder, teacher.n_ctx)
         writer = TraceWriter(args.out, [each.prompt for each in prompts], _made_by(args, teacher), args.overwrite)
@@ -73,6 +58,28 @@ def run(args: argparse.Namespace) -> None:
     print(_describe(summary, teacher.n_ctx), file=sys.stderr)
     if args.json:
         print(json.dumps(summary))
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.out.exists() and args.prompts.exists() and os.path.samefile(args.out, args.prompts):
+        raise InputError(f"{args.out} is the file of prompts; give another -o")
+    if args.best_of > 1 and args.temp == 0:
+        raise InputError(f"--best-of {args.best_of}: greedy traces of a prompt are all alike; give --temp, 0.7 perhaps")
+
+
+def _open_teacher(args: argparse.Namespace) -> ParallelLlama:
+    return ParallelLlama(
+        args.model,
+        n_ctx=args.ctx_size,
+        n_parallel=args.parallel,
+        n_threads=args.threads,
+        n_gpu_layers=args.gpu_layers,
+        bundle=args.bundle,
+        strength=args.strength,
+        guard=args.guard,
+        best_of=args.best_of,
+        answer=final_answer if args.consistent else None,
+    )
 
 
 def _finish(
