@@ -118,8 +118,10 @@ STRENGTH = 6.0
 
 
 @pytest.fixture
-def exact_kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def exact_kernels(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, adapter_bundle: Path) -> dict[str, Any]:
     """No flash attention and no F16 cache in any context; the arguments that `AntidistillationLlama` needs for that.
+
+    The bundles are made before: ε is chosen by the kernels that run.
 
     Both round to some 3e-4, and Δ multiplies that by 1 / 2ε = 35: as batches differ, so would sampled text.
     """
