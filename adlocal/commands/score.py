@@ -76,7 +76,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _notes(traces: TraceFile, encoder: TraceEncoder) -> list[str]:
-    left_out = {"left out, they stand there twice": traces.n_duplicates, "left out, they have no text": traces.n_empty}
+    left_out = {"duplicates, left out": traces.n_duplicates, "left out, they have no text": traces.n_empty}
     return [*(f"{n} {what}" for what, n in left_out.items() if n), *remarks(traces, encoder)]
 
 

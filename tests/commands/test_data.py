@@ -62,7 +62,7 @@ def lines_of(path: Path, *rows: Any) -> Path:
 def test_score_tells_what_it_read(run: Run, tiny_bundle: Path, tmp_path: Path) -> None:
     path = lines_of(tmp_path / "t.jsonl", *ROWS, ROWS[0])
     status, out, _ = run("score", "--bundle", tiny_bundle, path, "-c", 256, "-t", 1)
-    notes = ["1 left out, they stand there twice", *NOTES]
+    notes = ["1 duplicates, left out", *NOTES]
     assert status == 0
     assert out.rstrip().endswith("; ".join(["all 4 (0 cut, 0 skipped)", *notes]))
     report = json.loads(run("score", "--bundle", tiny_bundle, path, "-c", 256, "-t", 1, "--json", "--tokens")[1])
