@@ -75,7 +75,21 @@ void adl_lockstep::begin(const llama_batch & batch, const adl_row_params * rows,
     }
     std::for_each(rows, rows + n_rows, check_params);
     params_.assign(rows, rows + n_rows);
+    make_room();
     under_way_ = true;
+}
+
+// What commit() will need: once the teacher has decoded, nothing may keep us from knowing what it holds.
+void adl_lockstep::make_room() {
+    outputs_.reserve(params_.size());
+    for (const Entry & entry : step_) {
+        for (const llama_seq_id seq_id : entry.seq_ids) {
+            auto & cells = sequence(seq_id).cells;
+            if (cells.capacity() < cells.size() + step_.size()) {
+                cells.reserve(2 * (cells.size() + step_.size()));
+            }
+        }
+    }
 }
 
 // Copies the batch, and fills in what llama_decode would by itself.
@@ -136,8 +150,8 @@ void adl_lockstep::end(int32_t status) {
         return;
     }
     n_readable_ = n_rows;
+    commit();
     try {
-        commit();
         notice();
         for (int32_t row = 0; row < n_rows; ++row) {
             look(row);
@@ -155,8 +169,7 @@ void adl_lockstep::end(int32_t status) {
 }
 
 // Notes what the teacher's memory holds now, and whose each row is.
-void adl_lockstep::commit() {
-    outputs_.reserve(params_.size());
+void adl_lockstep::commit() noexcept {
     for (const Entry & entry : step_) {
         for (const llama_seq_id seq_id : entry.seq_ids) {
             sequence(seq_id).cells.push_back({entry.pos, entry.token});
@@ -172,15 +185,11 @@ void adl_lockstep::commit() {
 
 // What a decode that failed has left of its batch is dropped from the teacher's memory.
 void adl_lockstep::roll_back() {
-    std::map<llama_seq_id, llama_pos> first;
     for (const Entry & entry : step_) {
         for (const llama_seq_id seq_id : entry.seq_ids) {
-            first.emplace(seq_id, entry.pos);
-        }
-    }
-    for (const auto & [seq_id, pos] : first) {
-        if (!llama_.llama_memory_seq_rm(memory_, seq_id, pos, -1)) { // recurrent memory forgets all or nothing
-            seq_rm(seq_id, -1, -1);
+            if (!llama_.llama_memory_seq_rm(memory_, seq_id, last_known(seq_id) + 1, -1)) { // recurrent memory forgets all or nothing
+                seq_rm(seq_id, -1, -1);
+            }
         }
     }
 }

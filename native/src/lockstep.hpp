@@ -75,7 +75,8 @@ struct adl_lockstep {
     void            resolve(const llama_batch & batch);
     llama_pos       last_known(llama_seq_id seq_id) const;
     void            check_positions() const;
-    void            commit();
+    void            make_room();
+    void            commit() noexcept;
     void            roll_back();
     void            close(int32_t n_rows) noexcept;
     void            look(int32_t row);
