@@ -26,6 +26,7 @@
 #ifndef ADLOCAL_H
 #define ADLOCAL_H
 
+#include "adlocal-llama.h"
 #include "llama.h" // types only
 
 #include <stdbool.h>
@@ -42,6 +43,15 @@
 #    endif
 #else
 #    define ADL_API __attribute__((visibility("default")))
+#endif
+
+// An error that is ignored is the one way to leak.
+#if defined(__cplusplus) && __cplusplus >= 201703L
+#    define ADL_NODISCARD [[nodiscard]]
+#elif defined(__GNUC__)
+#    define ADL_NODISCARD __attribute__((warn_unused_result))
+#else
+#    define ADL_NODISCARD
 #endif
 
 #ifdef __cplusplus
@@ -61,6 +71,7 @@ enum adl_status {
     ADL_ERROR_VOCABULARY = -5, // teacher and proxy number their tokens differently
     ADL_ERROR_PROXY      = -6, // a proxy could not be evaluated or computes nonsense: nothing may be sampled
     ADL_ERROR_MEMORY     = -7, // an allocation failed
+    ADL_ERROR_DECODE     = -8, // llama_decode of the teacher failed; adl_last_error has its code
 };
 
 // What went wrong in this thread's last failed call, "" before any. Valid until the thread's next failed call.
@@ -75,70 +86,6 @@ ADL_API const char * adl_version(void);
 //
 // llama.cpp's functions
 //
-
-// X(type of the result, name, arguments): everything that the library calls.
-#define ADL_LLAMA_FUNCTIONS(X)                                                                                                  \
-    X(const char *,                llama_version,                (void))                                                       \
-    X(struct llama_model_params,   llama_model_default_params,   (void))                                                       \
-    X(struct llama_context_params, llama_context_default_params, (void))                                                       \
-    X(bool,                        llama_supports_gpu_offload,   (void))                                                       \
-    X(struct llama_model *,        llama_model_load_from_file,   (const char * path, struct llama_model_params params))        \
-    X(void,                        llama_model_free,             (struct llama_model * model))                                 \
-    X(const struct llama_vocab *,  llama_model_get_vocab,        (const struct llama_model * model))                           \
-    X(int32_t,                     llama_model_n_ctx_train,      (const struct llama_model * model))                           \
-    X(struct llama_adapter_lora *, llama_adapter_lora_init,      (struct llama_model * model, const char * path))              \
-    X(struct llama_context *,      llama_init_from_model,        (struct llama_model * model, struct llama_context_params p))  \
-    X(void,                        llama_free,                   (struct llama_context * ctx))                                 \
-    X(uint32_t,                    llama_n_ctx,                  (const struct llama_context * ctx))                           \
-    X(uint32_t,                    llama_n_batch,                (const struct llama_context * ctx))                           \
-    X(void,                        llama_set_n_threads,          (struct llama_context * ctx, int32_t n, int32_t n_batch))     \
-    X(int32_t,                     llama_set_adapters_lora,      (struct llama_context * ctx, struct llama_adapter_lora ** adapters, \
-                                                                  size_t n, float * scales))                                   \
-    X(llama_memory_t,              llama_get_memory,             (const struct llama_context * ctx))                           \
-    X(void,                        llama_memory_clear,           (llama_memory_t mem, bool data))                              \
-    X(bool,                        llama_memory_seq_rm,          (llama_memory_t mem, llama_seq_id s, llama_pos a, llama_pos b)) \
-    X(void,                        llama_memory_seq_cp,          (llama_memory_t mem, llama_seq_id s, llama_seq_id t,          \
-                                                                  llama_pos a, llama_pos b))                                   \
-    X(void,                        llama_memory_seq_keep,        (llama_memory_t mem, llama_seq_id s))                         \
-    X(int32_t,                     llama_decode,                 (struct llama_context * ctx, struct llama_batch batch))       \
-    X(void,                        llama_synchronize,            (struct llama_context * ctx))                                 \
-    X(float *,                     llama_get_logits,             (struct llama_context * ctx))                                 \
-    X(int32_t,                     llama_vocab_n_tokens,         (const struct llama_vocab * vocab))                           \
-    X(const char *,                llama_vocab_get_text,         (const struct llama_vocab * vocab, llama_token token))        \
-    X(enum llama_token_attr,       llama_vocab_get_attr,         (const struct llama_vocab * vocab, llama_token token))        \
-    X(bool,                        llama_vocab_is_eog,           (const struct llama_vocab * vocab, llama_token token))        \
-    X(llama_token,                 llama_vocab_bos,              (const struct llama_vocab * vocab))                           \
-    X(llama_token,                 llama_vocab_eos,              (const struct llama_vocab * vocab))                           \
-    X(llama_token,                 llama_vocab_eot,              (const struct llama_vocab * vocab))                           \
-    X(llama_token,                 llama_vocab_sep,              (const struct llama_vocab * vocab))                           \
-    X(llama_token,                 llama_vocab_nl,               (const struct llama_vocab * vocab))                           \
-    X(llama_token,                 llama_vocab_pad,              (const struct llama_vocab * vocab))                           \
-    X(llama_token,                 llama_vocab_fim_pre,          (const struct llama_vocab * vocab))                           \
-    X(llama_token,                 llama_vocab_fim_suf,          (const struct llama_vocab * vocab))                           \
-    X(llama_token,                 llama_vocab_fim_mid,          (const struct llama_vocab * vocab))                           \
-    X(llama_token,                 llama_vocab_fim_pad,          (const struct llama_vocab * vocab))                           \
-    X(llama_token,                 llama_vocab_fim_rep,          (const struct llama_vocab * vocab))                           \
-    X(llama_token,                 llama_vocab_fim_sep,          (const struct llama_vocab * vocab))                           \
-    X(struct llama_sampler *,      llama_sampler_init,           (struct llama_sampler_i * iface, void * ctx))                 \
-    X(struct gguf_context *,       gguf_init_from_file,          (const char * path, struct gguf_init_params params))          \
-    X(void,                        gguf_free,                    (struct gguf_context * ctx))                                  \
-    X(int64_t,                     gguf_get_n_kv,                (const struct gguf_context * ctx))                            \
-    X(int64_t,                     gguf_find_key,                (const struct gguf_context * ctx, const char * key))          \
-    X(enum gguf_type,              gguf_get_kv_type,             (const struct gguf_context * ctx, int64_t key))               \
-    X(const void *,                gguf_get_val_data,            (const struct gguf_context * ctx, int64_t key))               \
-    X(const char *,                gguf_get_val_str,             (const struct gguf_context * ctx, int64_t key))               \
-    X(enum gguf_type,              gguf_get_arr_type,            (const struct gguf_context * ctx, int64_t key))               \
-    X(size_t,                      gguf_get_arr_n,               (const struct gguf_context * ctx, int64_t key))               \
-    X(const void *,                gguf_get_arr_data,            (const struct gguf_context * ctx, int64_t key))               \
-    X(const char *,                gguf_get_arr_str,             (const struct gguf_context * ctx, int64_t key, size_t i))     \
-    X(int64_t,                     gguf_get_n_tensors,           (const struct gguf_context * ctx))                            \
-    X(const char *,                gguf_get_tensor_name,         (const struct gguf_context * ctx, int64_t tensor))            \
-    X(enum ggml_type,              gguf_get_tensor_type,         (const struct gguf_context * ctx, int64_t tensor))
-
-// Y(name): the structures that cross the boundary. Their sizes as the host sees them are part of the handshake.
-#define ADL_LLAMA_STRUCTS(Y)                                                                                             \
-    Y(llama_batch) Y(llama_token_data) Y(llama_token_data_array) Y(llama_model_params) Y(llama_context_params)           \
-    Y(llama_sampler_i) Y(gguf_init_params)
 
 // The host's llama.cpp. Copied by what is made with it: it need not outlive the call.
 struct adl_llama {
@@ -325,6 +272,113 @@ ADL_API int32_t adl_pair_adjust(
 // first order, how much a training step on it raises the proxy's loss. 0 for a token beyond the proxy's vocabulary, NaN if
 // the row is not there.
 ADL_API double adl_pair_dose(struct adl_pair * pair, int32_t row, llama_token token);
+
+//
+// Lockstep
+//
+
+// The protected step. The teacher decodes first. Where one of its tokens alone passes the guard there is nothing to steer,
+// and the row stays the teacher's, to the bit. Only where a row has a choice is the pair evaluated: until then tokens wait,
+// and all that wait of a sequence are decoded in one batch. Then the row is adjusted in place.
+//
+//     adl_lockstep_decode(lockstep, batch, rows, n_rows, results);     in place of llama_decode, or around it:
+//
+//     adl_lockstep_begin(lockstep, batch, rows, n_rows);
+//     status = llama_decode(teacher, batch);
+//     adl_lockstep_end(lockstep, status, results);                      whatever the status is
+//
+// From then on the teacher's memory is changed through the lockstep alone: it has to know which tokens are there.
+//
+// It fails closed, row by row: a row whose Δ could not be computed is closed, the others go on, and the lockstep heals by
+// evaluating the pair afresh. After a teacher's decode that failed, its rows are closed until the next one succeeds, and
+// what it left of the batch in the teacher's memory is removed.
+struct adl_lockstep;
+
+enum adl_mode {
+    ADL_MODE_OFF     = 0, // the row is the teacher's
+    ADL_MODE_OBSERVE = 1, // where it has a choice the pair is evaluated, for doses; nothing is changed
+    ADL_MODE_PROTECT = 2, // and the row is adjusted; at strength 0 as OFF
+};
+
+// What becomes of one output row.
+struct adl_row_params {
+    double  strength; // nats
+    double  guard;    // share of the top token's probability, 0 to 1
+    int32_t mode;     // enum adl_mode
+    bool    full;     // evaluate the pair for this row even where the teacher has no choice, for its dose
+};
+
+// What became of it.
+struct adl_row_result {
+    double  kl;           // KL(adjusted ‖ teacher) at temperature 1, nats
+    int32_t n_candidates; // tokens that passed the guard; 0 for a row that was neither observed nor protected
+    bool    evaluated;    // the pair was evaluated: the row has doses
+    bool    closed;       // Δ could not be computed: end-of-generation is all that can be sampled
+};
+
+struct adl_lockstep_params {
+    size_t size; // sizeof(struct adl_lockstep_params)
+    bool   full; // evaluate the pair for every row that is observed or protected, as row parameters may ask one by one
+};
+
+// What was done since the lockstep was made.
+struct adl_lockstep_stats {
+    int64_t n_rows;         // output rows
+    int64_t n_choices;      // of those observed or protected, the ones where at least two tokens passed the guard
+    int64_t n_evaluated;    // rows whose Δ was computed
+    int64_t n_pair_decodes; // batches of the pair
+    int64_t n_pair_tokens;  // tokens in them
+};
+
+// Defaults: size, and lazy.
+ADL_API struct adl_lockstep_params adl_lockstep_default_params(void);
+
+// A lockstep of a teacher's context and a pair that was made for its model. Both must outlive it, and both memories are to
+// be empty; the pair's is cleared. The pair's sequences share their cells where its context parameters say kv_unified,
+// as adl_pair_default_params do: those with a choice are any subset, which llama.cpp joins in unified memory only.
+// Returns NULL on failure.
+ADL_API struct adl_lockstep * adl_lockstep_init(
+        struct adl_pair * pair, struct llama_context * teacher, struct adl_lockstep_params params);
+
+ADL_API void adl_lockstep_free(struct adl_lockstep * lockstep); // NULL is fine
+
+// Says what the host is about to decode in the teacher. Everything is copied. Positions, sequences and outputs that are NULL
+// are what llama_decode takes them for. `rows` has one entry for each output row, in the order of the batch.
+// Returns ADL_OK, ADL_ERROR_INPUT, or ADL_ERROR_PROXY: a batch of embeddings, or the teacher's memory was changed around the
+// lockstep. On an error the host must not decode.
+ADL_NODISCARD ADL_API int32_t adl_lockstep_begin(
+        struct adl_lockstep * lockstep, struct llama_batch batch, const struct adl_row_params * rows, int32_t n_rows);
+
+// Says how the teacher's decode ended, `status` being what llama_decode returned, and adjusts its rows.
+// `results` (n_rows) may be NULL.
+// Returns ADL_OK, also after a teacher's decode that failed; or the error of the first row that was closed.
+ADL_NODISCARD ADL_API int32_t adl_lockstep_end(struct adl_lockstep * lockstep, int32_t status, struct adl_row_result * results);
+
+// Begin, llama_decode of the teacher, and end.
+// Returns what llama_decode returned where that is not 0 (1: no room, and 2, as in llama.h; its own negative codes as
+// ADL_ERROR_DECODE), else what adl_lockstep_end returns.
+ADL_NODISCARD ADL_API int32_t adl_lockstep_decode(
+        struct adl_lockstep * lockstep, struct llama_batch batch, const struct adl_row_params * rows, int32_t n_rows,
+        struct adl_row_result * results);
+
+// Δ(token) − E[Δ] of a token for a row of the last step; as adl_pair_dose. NaN for a row whose Δ was not computed.
+ADL_API double adl_lockstep_dose(const struct adl_lockstep * lockstep, int32_t row, llama_token token);
+
+ADL_API struct adl_lockstep_stats adl_lockstep_get_stats(const struct adl_lockstep * lockstep);
+
+// The memory operations of llama.h, on the teacher and, where it holds those tokens, on the pair.
+// seq_rm returns what the teacher's memory says: false where it cannot forget a part.
+ADL_API void adl_lockstep_memory_clear   (struct adl_lockstep * lockstep);
+ADL_API bool adl_lockstep_memory_seq_rm  (struct adl_lockstep * lockstep, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+ADL_NODISCARD ADL_API int32_t adl_lockstep_memory_seq_cp(
+        struct adl_lockstep * lockstep, llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1);
+ADL_API void adl_lockstep_memory_seq_keep(struct adl_lockstep * lockstep, llama_seq_id seq_id);
+
+// Says that the host has restored a saved state of the teacher: the sequence now holds these tokens, from position 0 on. The
+// pair's memory holds the first `n_held` of them and nothing else, where the host restored that too (and said so with
+// adl_pair_touch); the others are evaluated when they are needed.
+ADL_NODISCARD ADL_API int32_t adl_lockstep_restore(
+        struct adl_lockstep * lockstep, llama_seq_id seq_id, const llama_token * tokens, size_t n_tokens, size_t n_held);
 
 //
 // Sampler

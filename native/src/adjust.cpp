@@ -54,6 +54,30 @@ float max_of(const float * x, int32_t begin, int32_t end) {
     return m;
 }
 
+constexpr const char * NO_NUMBERS = "the teacher's logits are not numbers; the model or its quantization is broken";
+
+// The largest logit, which has to be a number.
+float checked_top(float top) {
+    if (!std::isfinite(top)) {
+        throw Error{ADL_ERROR_PROXY, format("the teacher's largest logit is %g; the model or its quantization is broken", top)};
+    }
+    return top;
+}
+
+float top_of(const float * logits, int32_t begin, int32_t end) {
+    return checked_top(max_of(logits, begin, end));
+}
+
+// Least float that is a candidate's logit: top + log(guard), rounded up. guard 0 keeps all but −inf.
+float floor_of(float top, double guard) {
+    if (guard == 0) {
+        return -FLT_MAX;
+    }
+    const double exact = static_cast<double>(top) + std::log(guard);
+    const auto   near  = static_cast<float>(exact);
+    return near < exact ? std::nextafter(near, INF) : near;
+}
+
 // Σ e^(x − top) over [begin, end).
 double exp_sum(const float * x, int32_t begin, int32_t end, float top) {
     double total = 0;
@@ -90,11 +114,8 @@ class Row {
     Row(float * logits, int32_t n, const Proxies & proxies, int32_t n_shared, const Settings & settings)
         : z_(logits), n_(n), plus_(proxies.plus), minus_(proxies.minus), n_shared_(n_shared), settings_(settings),
           two_epsilon_(static_cast<float>(2 * settings.epsilon)), blocks_(logits, n_shared) {
-        top_ = std::max(max_of(blocks_.max, 0, blocks_.n), max_of(z_, n_shared_, n_));
-        if (!std::isfinite(top_)) {
-            throw Error{ADL_ERROR_PROXY, format("the teacher's largest logit is %g; the model or its quantization is broken", top_)};
-        }
-        floor_ = floor();
+        top_   = checked_top(std::max(max_of(blocks_.max, 0, blocks_.n), max_of(z_, n_shared_, n_)));
+        floor_ = floor_of(top_, settings.guard);
     }
 
     adl_row adjust(double mean) {
@@ -108,16 +129,6 @@ class Row {
     }
 
   private:
-    // Least float that is a candidate's logit: top + log(guard), rounded up. guard 0 keeps all but −inf.
-    float floor() const {
-        if (settings_.guard == 0) {
-            return -FLT_MAX;
-        }
-        const double exact = static_cast<double>(top_) + std::log(settings_.guard);
-        const auto   near  = static_cast<float>(exact);
-        return near < exact ? std::nextafter(near, INF) : near;
-    }
-
     float delta(int32_t i) const { return (plus_[i] - minus_[i]) / two_epsilon_; }
 
     template <typename Body>
@@ -141,7 +152,7 @@ class Row {
         }
         outside_ += exp_sum(z_, n_shared_, n_, top_);
         if (!std::isfinite(inside_ + outside_)) {
-            throw Error{ADL_ERROR_PROXY, "the teacher's logits are not numbers; the model or its quantization is broken"};
+            throw Error{ADL_ERROR_PROXY, NO_NUMBERS};
         }
         if (!std::isfinite(sum_delta_)) {
             throw Error{ADL_ERROR_PROXY, format("Δ of token %d is not finite: a proxy gave NaN or inf; nothing emitted", first_bad())};
@@ -285,6 +296,30 @@ double expectation(const Proxies & p, double epsilon) {
         weighted += w;
     }
     return weighted / mass / (2 * epsilon);
+}
+
+void delta(const Proxies & p, double epsilon, float * out) noexcept {
+    const float *plus = p.plus, *minus = p.minus;
+    const float  two_epsilon = static_cast<float>(2 * epsilon);
+#pragma omp simd
+    for (int32_t i = 0; i < p.n; ++i) {
+        out[i] = (plus[i] - minus[i]) / two_epsilon;
+    }
+}
+
+int32_t n_candidates(const float * logits, int32_t n, int32_t n_shared, double guard) {
+    const float top = top_of(logits, 0, n);
+    const float floor = floor_of(top, guard);
+    int32_t     count = 0, bad = 0;
+#pragma omp simd reduction(+ : count, bad)
+    for (int32_t i = 0; i < n; ++i) {
+        bad += logits[i] != logits[i] ? 1 : 0;
+        count += (i < n_shared ? 1 : 0) & (logits[i] >= floor ? 1 : 0);
+    }
+    if (bad > 0) {
+        throw Error{ADL_ERROR_PROXY, NO_NUMBERS};
+    }
+    return count;
 }
 
 double dose(const Proxies & p, llama_token token, double epsilon, double mean) noexcept {

@@ -26,6 +26,13 @@ void check_strength(double strength, double guard);
 // E[Δ] under softmax((z₊ + z₋) / 2). NaN if any of the logits is NaN or +inf.
 double expectation(const Proxies & proxies, double epsilon);
 
+// Δ of every token that the proxies know, as `adjust` computes it.
+void delta(const Proxies & proxies, double epsilon, float * out) noexcept;
+
+// How many of the teacher's tokens below n_shared pass the guard: what adjust() would count. Throws Error when the row is no
+// numbers.
+int32_t n_candidates(const float * logits, int32_t n, int32_t n_shared, double guard);
+
 // Δ of a token, centred: less `mean`, which is what expectation() gave. 0 for a token that the proxies do not know.
 double dose(const Proxies & proxies, llama_token token, double epsilon, double mean) noexcept;
 

@@ -65,7 +65,7 @@ adl_pair::adl_pair(const adl_llama & table, const adl::Source & source, double e
       n_shared(teacher ? adl::shared_vocabulary(llama, teacher, plus.model.handle) : 0),
       n_vocab_teacher(teacher ? llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(teacher)) : 0),
       teacher_ends(teacher ? adl::end_tokens(llama, llama.llama_model_get_vocab(teacher)) : std::vector<llama_token>()),
-      n_batch_(static_cast<int32_t>(llama.llama_n_batch(plus.context))),
+      n_batch_(static_cast<int32_t>(llama.llama_n_batch(plus.context))), n_ctx_train_(llama.llama_model_n_ctx_train(plus.model.handle)),
       n_outputs_max_(params.context.n_outputs_max ? static_cast<int32_t>(params.context.n_outputs_max) : n_batch_),
       concurrency_(llama, params, plus.context, minus.context) {
     attach();
@@ -111,6 +111,7 @@ int32_t adl_pair::decode(const llama_batch & batch) {
     }
     n_rows_  = 0;
     follows_ = false;
+    ++serial_;
     try {
         check(batch);
         attach();
@@ -152,6 +153,10 @@ void adl_pair::check(const llama_batch & batch) const {
     for (int32_t i = 0; i < batch.n_tokens; ++i) {
         if (batch.token[i] < 0 || batch.token[i] >= n_vocab) {
             throw Error{ADL_ERROR_PROXY, format("token %d is none of the proxy's %d; no token was emitted", batch.token[i], n_vocab)};
+        }
+        if (batch.pos != nullptr && batch.pos[i] >= n_ctx_train_) { // of a unified context one sequence may fill more
+            throw Error{ADL_ERROR_PROXY, format("position %d is beyond the %d tokens that the proxy was trained for; give the teacher a "
+                                                "smaller context, or convert a proxy with a longer one", batch.pos[i], n_ctx_train_)};
         }
     }
 }
@@ -229,6 +234,7 @@ void adl_pair::clear() noexcept {
     follows_ = true;
     n_rows_  = 0;
     *error   = '\0';
+    ++serial_;
 }
 
 bool adl_pair::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -237,9 +243,22 @@ bool adl_pair::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     return llama.llama_memory_seq_rm(minus.memory, seq_id, p0, p1) && removed_plus;
 }
 
+void adl_pair::seq_cp(llama_seq_id source, llama_seq_id target, llama_pos p0, llama_pos p1) {
+    touch();
+    llama.llama_memory_seq_cp(plus.memory, source, target, p0, p1);
+    llama.llama_memory_seq_cp(minus.memory, source, target, p0, p1);
+}
+
+void adl_pair::seq_keep(llama_seq_id seq_id) {
+    touch();
+    llama.llama_memory_seq_keep(plus.memory, seq_id);
+    llama.llama_memory_seq_keep(minus.memory, seq_id);
+}
+
 void adl_pair::touch() noexcept {
     n_rows_  = 0;
     follows_ = false;
+    ++serial_;
 }
 
 const float * adl_pair::logits(const adl::Proxy & proxy) {
@@ -273,11 +292,24 @@ void adl_pair::adjust(float * logits, int32_t n_rows, const double * strength, d
     }
 }
 
-void adl_pair::adjust_row(float * row_logits, int32_t row, double strength, double guard) {
+adl_row adl_pair::adjust_row(float * row_logits, int32_t row, double strength, double guard) {
     adl::check_strength(strength, guard);
+    const double mean = expectation(row);
+    return rows_[row] = adl::adjust(row_logits, n_vocab_teacher, proxies(row), n_shared, {epsilon, lam(strength), guard}, mean);
+}
+
+int32_t adl_pair::n_candidates(const float * logits, double guard) const {
+    return adl::n_candidates(logits, n_vocab_teacher, n_shared, guard);
+}
+
+double adl_pair::expectation(int32_t row) {
+    return adl::expectation(proxies(row), epsilon);
+}
+
+void adl_pair::copy_delta(int32_t row, std::vector<float> & delta) {
     const adl::Proxies both = proxies(row);
-    const double       mean = adl::expectation(both, epsilon);
-    rows_[row] = adl::adjust(row_logits, n_vocab_teacher, both, n_shared, {epsilon, lam(strength), guard}, mean);
+    delta.resize(n_vocab);
+    adl::delta(both, epsilon, delta.data());
 }
 
 adl::Proxies adl_pair::proxies(int32_t row) {
@@ -298,7 +330,7 @@ double adl_pair::dose(int32_t row, llama_token token) noexcept {
     }
     const adl::Proxies both = proxies(row);
     if (std::isnan(rows_[row].mean)) { // not adjusted
-        rows_[row].mean = adl::expectation(both, epsilon);
+        rows_[row].mean = expectation(row);
     }
     return adl::dose(both, token, epsilon, rows_[row].mean);
 }

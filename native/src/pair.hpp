@@ -7,6 +7,7 @@
 #include "concurrency.hpp"
 #include "proxy.hpp"
 
+#include <cstdint>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -26,11 +27,23 @@ struct adl_pair {
 
     void clear() noexcept;
     bool seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    void seq_cp(llama_seq_id source, llama_seq_id target, llama_pos p0, llama_pos p1);
+    void seq_keep(llama_seq_id seq_id);
     void touch() noexcept;
     void set_epsilon(double value);
 
     // Adjusts n_rows rows in place, or throws and leaves them closed.
     void adjust(float * logits, int32_t n_rows, const double * strength, double guard, adl_row * rows);
+
+    // The same for one row of the last decode.
+    adl_row adjust_row(float * logits, int32_t row, double strength, double guard);
+
+    // How many tokens of a teacher's row pass the guard. Throws where the row is no numbers.
+    int32_t n_candidates(const float * logits, double guard) const;
+
+    // E[Δ] of a row of the last decode, and its Δ.
+    double expectation(int32_t row);
+    void   copy_delta(int32_t row, std::vector<float> & delta);
 
     // Makes end-of-generation all that a row can be sampled for.
     void close_row(float * logits) const noexcept;
@@ -40,6 +53,12 @@ struct adl_pair {
 
     double        dose(int32_t row, llama_token token) noexcept;
     const float * logits(const adl::Proxy & proxy);
+
+    // A number that changes whenever the memory does.
+    uint64_t serial() const noexcept { return serial_; }
+
+    size_t n_batch() const { return static_cast<size_t>(n_batch_); }
+    size_t n_outputs_max() const { return static_cast<size_t>(n_outputs_max_); }
 
     const adl_llama          llama;
     double                   epsilon; // changed by set_epsilon alone
@@ -64,12 +83,13 @@ struct adl_pair {
     int32_t keep_prefix(const std::vector<llama_token> & tokens);
     void    append(const llama_token * tokens, int32_t n);
     adl::Proxies proxies(int32_t row);
-    void    adjust_row(float * logits, int32_t row, double strength, double guard);
 
     const int32_t            n_batch_;
+    const int32_t            n_ctx_train_;
     const int32_t            n_outputs_max_;
     adl::Concurrency         concurrency_;
     bool                     attached_ = false; // the adapter, at ±epsilon
+    uint64_t                 serial_ = 0;
     int32_t                  n_rows_ = 0;
     std::vector<adl_row>     rows_;
     bool                     follows_ = true; // sequence 0 holds exactly tokens_, and there is no other

@@ -49,6 +49,7 @@ int32_t with(adl_pair * pair, Body && body) {
 struct adl_pair_params adl_pair_default_params(const struct adl_llama * llama) {
     adl_pair_params params = {llama->llama_model_default_params(), llama->llama_context_default_params(), ADL_CONCURRENCY_AUTO, 0.0};
     params.context.n_outputs_max = params.context.n_outputs_max_per_seq = 1;
+    params.context.kv_unified = true; // any subset of sequences is one graph
     return params;
 }
 
@@ -133,15 +134,11 @@ bool adl_pair_memory_seq_rm(struct adl_pair * pair, llama_seq_id seq_id, llama_p
 }
 
 void adl_pair_memory_seq_cp(struct adl_pair * pair, llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) {
-    pair->touch();
-    pair->llama.llama_memory_seq_cp(pair->plus.memory, src, dst, p0, p1);
-    pair->llama.llama_memory_seq_cp(pair->minus.memory, src, dst, p0, p1);
+    pair->seq_cp(src, dst, p0, p1);
 }
 
 void adl_pair_memory_seq_keep(struct adl_pair * pair, llama_seq_id seq_id) {
-    pair->touch();
-    pair->llama.llama_memory_seq_keep(pair->plus.memory, seq_id);
-    pair->llama.llama_memory_seq_keep(pair->minus.memory, seq_id);
+    pair->seq_keep(seq_id);
 }
 
 void adl_pair_touch(struct adl_pair * pair) {

@@ -52,8 +52,8 @@ Weights::Weights(const adl_llama & llama, const Source & source, const llama_mod
 
 Proxy::Proxy(const adl_llama & llama, const Model & weights, const llama_context_params & params) : model(weights), llama_(llama) {
     const uint32_t n_ctx_train = static_cast<uint32_t>(llama_.llama_model_n_ctx_train(model.handle));
-    const uint32_t n_streams   = params.kv_unified ? 1 : std::max(1u, params.n_seq_max); // sequences that share n_ctx evenly
-    if (const uint32_t n_ctx_seq = params.n_ctx / n_streams; n_ctx_seq > n_ctx_train) {
+    const uint32_t n_sequences = std::max(1u, params.n_seq_max); // which share n_ctx
+    if (const uint32_t n_ctx_seq = params.n_ctx / n_sequences; n_ctx_seq > n_ctx_train) {
         throw Error{ADL_ERROR_MODEL, format("n_ctx=%u exceeds the %u tokens that the proxy was trained for; "
                                             "ask for a smaller n_ctx, or convert a proxy with a longer context",
                                             n_ctx_seq, n_ctx_train)};

@@ -245,8 +245,7 @@ bool fits(const llama_context * ctx, const llama_batch & batch, const std::vecto
 }
 
 int32_t evaluate(llama_context * ctx, const llama_batch & batch, int32_t planned) {
-    std::vector<Entry> entries;
-    ctx->rows = std::vector<float>(); // rows of the last decode are gone, whatever happens
+    std::vector<Entry> entries; // as in the real one, a batch that is refused leaves the rows of the last one readable
     const bool refused = batch.token == nullptr || !read_batch(ctx, batch, entries);
     if (!refused && !fits(ctx, batch, entries)) {
         return -3;
@@ -254,11 +253,15 @@ int32_t evaluate(llama_context * ctx, const llama_batch & batch, int32_t planned
     if (refused || planned == -1) {
         return -1;
     }
+    if (planned == -2) {
+        return -2;
+    }
     if (planned == 1 || ctx->cells.size() + entries.size() > ctx->params.n_ctx) {
         return 1;
     }
+    const auto n_rows = std::count_if(entries.begin(), entries.end(), [](const Entry & entry) { return entry.output; });
     if (planned != 0) {
-        entries.resize(entries.size() / 2); // what had been processed stays
+        entries.resize(entries.size() / 2); // what had been processed stays, and its rows are readable
     }
     const File         file = moved(file_of(ctx->model->path), ctx->adapter, ctx->scale);
     std::vector<float> rows;
@@ -268,6 +271,10 @@ int32_t evaluate(llama_context * ctx, const llama_batch & batch, int32_t planned
             const std::vector<float> z = logits_of(file, history_of(ctx, *entry.cell.seqs.begin(), entry.cell.pos + 1));
             rows.insert(rows.end(), z.begin(), z.end());
         }
+    }
+    rows.resize(static_cast<size_t>(n_rows) * file.vocab.texts.size());
+    if (planned != 0 && rows.size() < ctx->rows.size()) { // the buffer does not shrink
+        rows.insert(rows.end(), ctx->rows.begin() + static_cast<std::ptrdiff_t>(rows.size()), ctx->rows.end());
     }
     ctx->rows = std::vector<float>(rows.begin(), rows.end()); // to the size: reading beyond it is found
     return planned;
@@ -662,6 +669,16 @@ void llama_memory_seq_keep(llama_memory_t mem, llama_seq_id s) {
         cell.seqs = cell.seqs.count(s) ? std::set<llama_seq_id>{s} : std::set<llama_seq_id>{};
     }
     forget(mem->ctx);
+}
+
+llama_pos llama_memory_seq_pos_max(llama_memory_t mem, llama_seq_id s) {
+    Inside    inside;
+    Use       use(mem->ctx);
+    llama_pos last = -1;
+    for (const Cell & cell : mem->ctx->cells) {
+        last = cell.seqs.count(s) ? std::max(last, cell.pos) : last;
+    }
+    return last;
 }
 
 //

@@ -188,6 +188,47 @@ TEST(decoding) {
     }
 }
 
+// A step that finds no memory leaves a row that is right or closed, and the next one goes on.
+TEST(a_protected_step) {
+    install();
+    adl_pair_params of = params();
+    of.context.kv_unified = true;
+    for_every_failure([&](int64_t first, bool all) {
+        Host                 host(of);
+        llama_context *      teacher  = llama_init_from_model(host.teacher, of.context);
+        adl_lockstep *       lockstep = adl_lockstep_init(host.pair, teacher, adl_lockstep_default_params());
+        const adl_row_params row      = {2.0, 0.0, ADL_MODE_PROTECT, false};
+        adl_row_result       result   = {};
+        Batch                batch({5, 6, 7}), next({8}, 3), again({5, 6, 7});
+        const llama_batch    raw = batch.get(), raw_next = next.get(), raw_again = again.get();
+        int32_t              status;
+        bool                 reached;
+        {
+            Plan plan(first, all);
+            status  = adl_lockstep_decode(lockstep, raw, &row, 1, &result);
+            reached = plan.reached();
+        }
+        const bool decoded = !fake::memory(teacher, 0).empty();
+        if (status != ADL_OK) {
+            CHECK(status == ADL_ERROR_MEMORY || status == ADL_ERROR_PROXY);
+            CHECK(!decoded || models::is_closed(llama_get_logits(teacher)));
+        }
+        if (!decoded) { // the batch was refused before
+            CHECK_EQ(adl_lockstep_decode(lockstep, raw_again, &row, 1, &result), ADL_OK);
+        }
+        CHECK_EQ(adl_lockstep_decode(lockstep, raw_next, &row, 1, &result), ADL_OK);
+        CHECK(result.evaluated && !result.closed);
+        std::vector<float> z = fake::logits(models::TEACHER, {5, 6, 7, 8}), plus = fake::logits(PLUS, {5, 6, 7, 8}),
+                           minus = fake::logits(MINUS, {5, 6, 7, 8});
+        adl_row            expected;
+        CHECK_EQ(adl_adjust(z.data(), N_TEACHER, plus.data(), minus.data(), N_PROXY, N_PROXY, EPSILON, 2.0 / DELTA_SCALE, 0.0, &expected), ADL_OK);
+        CHECK(std::equal(z.begin(), z.end(), llama_get_logits(teacher)));
+        adl_lockstep_free(lockstep);
+        llama_free(teacher);
+        return reached;
+    });
+}
+
 TEST(refusing_a_batch) {
     install();
     for_every_failure([&](int64_t first, bool all) {

@@ -394,16 +394,27 @@ TEST(more_context_than_a_proxy_was_trained_for) {
     }
 }
 
-TEST(one_sequence_may_fill_a_unified_context) {
-    adl_pair_params unified    = params();
-    unified.context.kv_unified = true;
-    adl_pair_params single     = params();
-    single.context.n_seq_max   = 1;
-    for (const adl_pair_params & p : {unified, single}) {
-        install();
-        fake::file(PLUS).n_ctx_train = 127;
-        check_no_pair(ADL_ERROR_MODEL, "n_ctx=128 exceeds the 127 tokens", p);
+TEST(one_sequence_fills_a_context_of_its_own) {
+    adl_pair_params p   = params();
+    p.context.n_seq_max = 1;
+    install();
+    fake::file(PLUS).n_ctx_train = 127;
+    check_no_pair(ADL_ERROR_MODEL, "n_ctx=128 exceeds the 127 tokens", p);
+}
+
+// A unified context is shared, and may be longer than what the proxy was trained for; no sequence may get there.
+TEST(no_sequence_of_a_unified_context_goes_beyond_what_a_proxy_was_trained_for) {
+    install();
+    for (const char * path : {PLUS, MINUS}) {
+        fake::file(path).n_ctx_train = 32;
     }
+    adl_pair_params p    = params();
+    p.context.kv_unified = true;
+    Host  host(p);
+    Batch last({9}, 31), beyond({9}, 32);
+    CHECK_EQ(adl_pair_decode(host.pair, last.get()), 1);
+    CHECK_EQ(adl_pair_decode(host.pair, beyond.get()), ADL_ERROR_PROXY);
+    CHECK_CONTAINS(adl_last_error(), "position 32 is beyond the 32 tokens that the proxy was trained for");
 }
 
 // In llama.cpp 0.5.0 a context of more sequences than rows ends the process while it is made, and adl_pair_default_params

@@ -1,0 +1,475 @@
+// The lockstep against rows computed apart: the toy's logits for the tokens that a sequence holds, through adl_adjust.
+
+#include "check.hpp"
+#include "models.hpp"
+
+#include <cmath>
+#include <map>
+#include <random>
+
+using models::Batch;
+using models::Host;
+using models::Tokens;
+
+namespace {
+
+constexpr double GUARD = 0.7; // lets two tokens or more pass in about half of the toy's rows
+
+// A teacher's context, a pair and their lockstep.
+struct Step : Host {
+    explicit Step(bool full = false, const adl_pair_params & of = models::params()) : Host(of) {
+        llama_context_params p = llama_context_default_params();
+        p.n_ctx = 512, p.n_batch = 64, p.n_seq_max = 4, p.kv_unified = true;
+        context                    = llama_init_from_model(teacher, p);
+        adl_lockstep_params params = adl_lockstep_default_params();
+        params.full                = full;
+        lockstep                   = adl_lockstep_init(pair, context, params);
+    }
+    ~Step() {
+        adl_lockstep_free(lockstep);
+        llama_free(context);
+    }
+
+    int32_t decode(Batch & batch, std::vector<adl_row_params> rows) {
+        results.assign(rows.size(), {});
+        return adl_lockstep_decode(lockstep, batch.get(), rows.data(), static_cast<int32_t>(rows.size()), results.data());
+    }
+
+    // Appends tokens to a sequence, with a row for the last.
+    int32_t append(llama_seq_id seq_id, const Tokens & tokens, adl_row_params row) {
+        Batch batch;
+        for (size_t i = 0; i < tokens.size(); ++i) {
+            batch.add(tokens[i], static_cast<llama_pos>(held[seq_id].size() + i), {seq_id}, i + 1 == tokens.size());
+        }
+        const int32_t status = decode(batch, {row});
+        if (status != 1 && status != 2 && status != ADL_ERROR_DECODE && status != ADL_ERROR_INPUT) {
+            held[seq_id].insert(held[seq_id].end(), tokens.begin(), tokens.end());
+        }
+        return status;
+    }
+
+    const float * row(int32_t i) { return llama_get_logits(context) + static_cast<size_t>(i) * models::N_TEACHER; }
+    adl_lockstep_stats stats() { return adl_lockstep_get_stats(lockstep); }
+
+    llama_context *                context;
+    adl_lockstep *                 lockstep;
+    std::vector<adl_row_result>    results;
+    std::map<llama_seq_id, Tokens> held;
+};
+
+adl_row_params protect(double strength = 2.0, double guard = GUARD) {
+    return {strength, guard, ADL_MODE_PROTECT, false};
+}
+
+adl_row_params observe(bool full = false) {
+    return {0.0, GUARD, ADL_MODE_OBSERVE, full};
+}
+
+struct Expected {
+    std::vector<float> logits;
+    adl_row            row;
+    std::vector<float> plus, minus;
+
+    double dose(llama_token token) const {
+        const float delta = (plus[token] - minus[token]) / static_cast<float>(2 * models::EPSILON);
+        return static_cast<double>(delta) - row.mean;
+    }
+};
+
+// What a row has to be that follows these tokens.
+Expected expected(const Tokens & tokens, const adl_row_params & params) {
+    Expected e = {fake::logits(models::TEACHER, tokens), {}, fake::logits(models::PLUS, tokens), fake::logits(models::MINUS, tokens)};
+    const bool         changes  = params.mode == ADL_MODE_PROTECT;
+    std::vector<float> adjusted = e.logits;
+    CHECK_EQ(adl_adjust(adjusted.data(), models::N_TEACHER, e.plus.data(), e.minus.data(), models::N_PROXY, models::N_PROXY,
+                        models::EPSILON, (changes ? params.strength : 0.0) / models::DELTA_SCALE, params.guard, &e.row), ADL_OK);
+    if (changes) {
+        e.logits = adjusted;
+    }
+    return e;
+}
+
+bool same(const float * row, const std::vector<float> & logits) {
+    return std::equal(logits.begin(), logits.end(), row);
+}
+
+// A row, its results and its doses.
+void check_row(Step & step, int32_t i, const Tokens & tokens, const adl_row_params & params) {
+    const Expected         e      = expected(tokens, params);
+    const adl_row_result & result = step.results[i];
+    const bool steered = params.mode == ADL_MODE_OBSERVE || (params.mode == ADL_MODE_PROTECT && params.strength > 0);
+    CHECK(!result.closed);
+    CHECK(same(step.row(i), e.logits));
+    CHECK_EQ(result.n_candidates, steered ? e.row.n_candidates : 0);
+    CHECK_EQ(result.evaluated, steered && (e.row.n_candidates > 1 || params.full));
+    if (result.evaluated) {
+        CHECK_EQ(result.kl, params.mode == ADL_MODE_PROTECT ? e.row.kl : 0.0);
+        for (llama_token token = 0; token < models::N_PROXY; ++token) {
+            CHECK_EQ(adl_lockstep_dose(step.lockstep, i, token), e.dose(token));
+        }
+        CHECK_EQ(adl_lockstep_dose(step.lockstep, i, models::N_PROXY), 0.0);
+    } else {
+        CHECK(std::isnan(adl_lockstep_dose(step.lockstep, i, 5)));
+    }
+}
+
+// Tokens after which the teacher has a choice at GUARD, or has none.
+Tokens prompt(bool choice) {
+    for (llama_token last = 3; last < models::N_PROXY; ++last) {
+        const Tokens tokens = {models::BOS, 7, 9, last};
+        if ((expected(tokens, protect()).row.n_candidates > 1) == choice) {
+            return tokens;
+        }
+    }
+    return {};
+}
+
+} // namespace
+
+TEST(a_row_without_a_choice_is_the_teachers_and_costs_no_proxy) {
+    models::install();
+    Step step;
+    const Tokens tokens = prompt(false);
+    CHECK_EQ(step.append(0, tokens, protect()), ADL_OK);
+    check_row(step, 0, tokens, protect());
+    CHECK(same(step.row(0), fake::logits(models::TEACHER, tokens)));
+    CHECK_EQ(step.stats().n_pair_decodes, 0);
+    CHECK_EQ(step.stats().n_choices, 0);
+}
+
+TEST(tokens_wait_until_a_row_has_a_choice_and_then_go_in_one_batch) {
+    models::install();
+    Step step;
+    while (step.stats().n_choices == 0) {
+        const auto n = static_cast<llama_token>(step.held[0].size());
+        CHECK_EQ(step.append(0, {static_cast<llama_token>(3 + n * 5 % 50)}, protect()), ADL_OK);
+        check_row(step, 0, step.held[0], protect());
+    }
+    CHECK_EQ(step.stats().n_pair_decodes, 1);
+    CHECK_EQ(step.stats().n_pair_tokens, static_cast<int64_t>(step.held[0].size()));
+}
+
+TEST(full_evaluates_every_row_and_changes_no_other) {
+    models::install();
+    for (const bool per_row : {false, true}) {
+        Step           step(!per_row);
+        adl_row_params row = protect();
+        row.full           = per_row;
+        const Tokens tokens = prompt(false);
+        CHECK_EQ(step.append(0, tokens, row), ADL_OK);
+        CHECK(step.results[0].evaluated);
+        CHECK_EQ(step.stats().n_pair_decodes, 1);
+        CHECK(same(step.row(0), fake::logits(models::TEACHER, tokens)));
+        CHECK_EQ(adl_lockstep_dose(step.lockstep, 0, 5), expected(tokens, row).dose(5));
+    }
+}
+
+TEST(off_observe_and_strength_0_change_nothing) {
+    models::install();
+    Step         step;
+    const Tokens tokens = prompt(true);
+    CHECK_EQ(step.append(0, tokens, {3.0, GUARD, ADL_MODE_OFF, false}), ADL_OK);
+    check_row(step, 0, tokens, {3.0, GUARD, ADL_MODE_OFF, false});
+    CHECK_EQ(step.append(1, tokens, protect(0.0)), ADL_OK);
+    check_row(step, 0, tokens, protect(0.0));
+    CHECK_EQ(step.stats().n_pair_decodes, 0);
+    CHECK_EQ(step.append(2, tokens, observe()), ADL_OK);
+    check_row(step, 0, tokens, observe());
+    CHECK_EQ(step.stats().n_pair_decodes, 1);
+}
+
+TEST(rows_of_one_batch_have_strengths_guards_and_modes_of_their_own) {
+    models::install();
+    Step  step;
+    Batch batch;
+    const std::vector<adl_row_params> rows = {protect(1.0, 0.05), {9.0, 0.0, ADL_MODE_OFF, false}, protect(4.0, 0.5), observe(true)};
+    std::vector<Tokens>               texts;
+    for (llama_seq_id seq_id = 0; seq_id < 4; ++seq_id) {
+        texts.push_back({models::BOS, 10 + seq_id, 20});
+        for (llama_pos pos = 0; pos < 3; ++pos) {
+            batch.add(texts.back()[pos], pos, {seq_id}, pos == 2);
+        }
+    }
+    CHECK_EQ(step.decode(batch, rows), ADL_OK);
+    for (int32_t i = 0; i < 4; ++i) {
+        check_row(step, i, texts[i], rows[i]);
+    }
+    CHECK_EQ(step.stats().n_pair_decodes, 1);
+}
+
+TEST(more_rows_than_the_pair_has_room_for_go_in_chunks) {
+    models::install();
+    adl_pair_params of       = models::params();
+    of.context.n_outputs_max = 4; // as many as there are sequences, the least
+    Step  step(true, of);
+    Batch batch;
+    Tokens tokens;
+    for (llama_pos pos = 0; pos < 40; ++pos) { // more than the pair's batch of 32
+        tokens.push_back(static_cast<llama_token>(3 + pos * 7 % 60));
+        batch.add(tokens.back(), pos, {0}, pos % 3 == 0);
+    }
+    const std::vector<adl_row_params> rows(14, protect(1.5, 0.1));
+    CHECK_EQ(step.decode(batch, rows), ADL_OK);
+    adl_row_params full = rows[0];
+    full.full           = true;
+    for (int32_t i = 0; i < 14; ++i) {
+        check_row(step, i, Tokens(tokens.begin(), tokens.begin() + 3 * i + 1), full);
+    }
+}
+
+TEST(a_long_prompt_is_evaluated_as_it_comes) {
+    models::install();
+    Step   step;
+    Tokens all;
+    for (int chunk = 0; chunk < 3; ++chunk) {
+        Batch batch;
+        for (int i = 0; i < 30; ++i) {
+            all.push_back(static_cast<llama_token>(3 + (chunk * 30 + i) % 60));
+            batch.add(all.back(), static_cast<llama_pos>(all.size()) - 1, {0}, false);
+        }
+        CHECK_EQ(step.decode(batch, {}), ADL_OK);
+        const int64_t n_evaluated = chunk == 0 ? 0 : 30 * (chunk + 1); // 32 may wait
+        CHECK(step.stats().n_pair_tokens == n_evaluated || chunk == 2);
+    }
+    step.held[0] = all;
+    CHECK_EQ(step.append(0, {5}, protect(1.0, 0.0)), ADL_OK);
+    check_row(step, 0, step.held[0], protect(1.0, 0.0));
+}
+
+TEST(null_positions_sequences_and_outputs_are_the_teachers) {
+    models::install();
+    Step                      step;
+    Tokens                    tokens = {models::BOS, 7, 9};
+    const adl_row_params      row    = protect(1.0, 0.0);
+    adl_row_result            result;
+    CHECK_EQ(adl_lockstep_decode(step.lockstep, {3, tokens.data(), nullptr, nullptr, nullptr, nullptr, nullptr}, &row, 1, &result), ADL_OK);
+    llama_token next = 11;
+    CHECK_EQ(adl_lockstep_decode(step.lockstep, {1, &next, nullptr, nullptr, nullptr, nullptr, nullptr}, &row, 1, &result), ADL_OK);
+    CHECK(same(step.row(0), expected({models::BOS, 7, 9, 11}, row).logits));
+}
+
+TEST(a_proxy_that_fails_closes_the_rows_that_needed_it_and_no_others) {
+    models::install();
+    for (const char * which : {models::PLUS, models::MINUS}) {
+        Step  step;
+        Batch batch;
+        const Tokens sure = prompt(false), unsure = prompt(true);
+        for (llama_pos pos = 0; pos < 4; ++pos) {
+            batch.add(sure[pos], pos, {0}, pos == 3).add(unsure[pos], pos, {1}, pos == 3);
+        }
+        fake::file(which).faults.decode_in = 1;
+        CHECK_EQ(step.decode(batch, {protect(), protect()}), ADL_ERROR_PROXY);
+        CHECK_CONTAINS(adl_last_error(), "could not be evaluated");
+        CHECK(!step.results[0].closed);
+        CHECK(same(step.row(0), fake::logits(models::TEACHER, sure)));
+        CHECK(step.results[1].closed);
+        CHECK(models::is_closed(step.row(1)));
+        step.held = {{0, sure}, {1, unsure}};
+        CHECK_EQ(step.append(1, {8}, protect(2.0, 0.0)), ADL_OK); // healed
+        check_row(step, 0, step.held[1], protect(2.0, 0.0));
+    }
+}
+
+TEST(nonsense_closes_a_row_and_only_that) {
+    models::install();
+    Step         step;
+    const Tokens unsure = prompt(true), sure = prompt(false);
+    fake::file(models::PLUS).faults.logits[9] = NAN;
+    CHECK_EQ(step.append(0, unsure, protect()), ADL_ERROR_PROXY);
+    CHECK(step.results[0].closed && models::is_closed(step.row(0)));
+    fake::file(models::PLUS).faults.logits.clear();
+    fake::file(models::TEACHER).faults.logits[9] = NAN;
+    CHECK_EQ(step.append(1, sure, protect()), ADL_ERROR_PROXY); // found without a proxy
+    CHECK(step.results[0].closed && models::is_closed(step.row(0)));
+    CHECK_EQ(step.append(2, sure, {0.0, 0.0, ADL_MODE_OFF, false}), ADL_OK);
+}
+
+TEST(a_teacher_that_fails_leaves_no_row_and_nothing_of_the_batch) {
+    models::install();
+    for (const int32_t code : {1, 2, -1, -2, -3}) {
+        Step step;
+        CHECK_EQ(step.append(0, prompt(true), protect()), ADL_OK);
+        fake::file(models::TEACHER).faults.decode_in   = 1;
+        fake::file(models::TEACHER).faults.decode_code = code;
+        CHECK_EQ(step.append(0, {8}, protect()), code > 0 ? code : ADL_ERROR_DECODE);
+        CHECK(models::is_closed(step.row(0)));
+        CHECK_EQ(fake::memory(step.context, 0).size(), 4u);
+        CHECK_EQ(step.append(0, {8}, protect(2.0, 0.0)), ADL_OK);
+        check_row(step, 0, step.held[0], protect(2.0, 0.0));
+    }
+}
+
+TEST(what_changes_the_teacher_around_the_lockstep_is_noticed) {
+    models::install();
+    Step step;
+    CHECK_EQ(step.append(0, prompt(true), protect()), ADL_OK);
+    llama_memory_seq_rm(llama_get_memory(step.context), 0, 2, -1);
+    CHECK_EQ(step.append(0, {8}, protect()), ADL_ERROR_PROXY);
+    CHECK_CONTAINS(adl_last_error(), "around adlocal");
+    adl_lockstep_memory_clear(step.lockstep);
+    step.held.clear();
+    CHECK_EQ(step.append(0, prompt(true), protect()), ADL_OK);
+    check_row(step, 0, step.held[0], protect());
+}
+
+TEST(a_pair_that_somebody_else_used_is_evaluated_afresh) {
+    models::install();
+    Step step;
+    CHECK_EQ(step.append(0, prompt(true), protect()), ADL_OK);
+    Batch other({5, 6, 7});
+    adl_pair_memory_clear(step.pair);
+    CHECK_EQ(adl_pair_decode(step.pair, other.get()), 1);
+    CHECK_EQ(step.append(0, {8}, protect(2.0, 0.0)), ADL_OK);
+    check_row(step, 0, step.held[0], protect(2.0, 0.0));
+}
+
+TEST(a_hole_leaves_both_memories_alike) {
+    models::install();
+    Step step;
+    CHECK_EQ(step.append(0, {models::BOS, 7, 9, 11, 13}, {0.0, 0.0, ADL_MODE_OFF, false}), ADL_OK);
+    CHECK(adl_lockstep_memory_seq_rm(step.lockstep, 0, 1, 3));
+    Batch batch;
+    batch.add(8, 5, {0}, true);
+    CHECK_EQ(step.decode(batch, {protect(1.0, 0.0)}), ADL_OK);
+    for (const int32_t sign : {1, -1}) {
+        CHECK(fake::memory(adl_pair_get_context(step.pair, sign), 0) == fake::memory(step.context, 0));
+    }
+}
+
+TEST(copies_are_read_once) {
+    models::install();
+    Step step;
+    CHECK_EQ(step.append(0, prompt(true), protect()), ADL_OK);
+    const int64_t n = step.stats().n_pair_tokens;
+    CHECK_EQ(adl_lockstep_memory_seq_cp(step.lockstep, 0, 1, -1, -1), ADL_OK);
+    step.held[1] = step.held[0];
+    CHECK_EQ(step.append(1, {8}, protect(2.0, 0.0)), ADL_OK);
+    check_row(step, 0, step.held[1], protect(2.0, 0.0));
+    CHECK_EQ(step.stats().n_pair_tokens, n + 1);
+}
+
+TEST(a_restored_state_waits) {
+    models::install();
+    Step         step;
+    const Tokens tokens = {models::BOS, 7, 9};
+    Batch        batch(tokens);
+    CHECK_EQ(llama_decode(step.context, batch.get()), 0); // as llama_state_set_data would leave it
+    CHECK_EQ(adl_lockstep_restore(step.lockstep, 0, tokens.data(), 3, 0), ADL_OK);
+    step.held[0] = tokens;
+    CHECK_EQ(step.append(0, {8}, protect(2.0, 0.0)), ADL_OK);
+    check_row(step, 0, step.held[0], protect(2.0, 0.0));
+}
+
+TEST(what_is_no_step_is_refused) {
+    models::install();
+    Step                 step;
+    const adl_row_params bad = {-1.0, 0.1, ADL_MODE_PROTECT, false}, none = {1.0, 0.1, 7, false};
+    Batch                batch({5, 6});
+    CHECK_EQ(adl_lockstep_begin(step.lockstep, batch.get(), &bad, 1), ADL_ERROR_INPUT);
+    CHECK_EQ(adl_lockstep_begin(step.lockstep, batch.get(), &none, 1), ADL_ERROR_INPUT);
+    CHECK_EQ(adl_lockstep_begin(step.lockstep, batch.get(), nullptr, 0), ADL_ERROR_INPUT);
+    CHECK_EQ(adl_lockstep_end(step.lockstep, 0, nullptr), ADL_ERROR_INPUT);
+    CHECK_EQ(adl_lockstep_begin(nullptr, batch.get(), &bad, 1), ADL_ERROR_INPUT);
+    llama_batch embeddings = batch.get();
+    embeddings.token       = nullptr;
+    CHECK_EQ(adl_lockstep_begin(step.lockstep, embeddings, &bad, 1), ADL_ERROR_PROXY);
+    CHECK(adl_lockstep_init(nullptr, step.context, adl_lockstep_default_params()) == nullptr);
+    CHECK(adl_lockstep_init(step.pair, step.context, {8, false}) == nullptr);
+}
+
+// 10,000 random operations on four sequences; after each decode every row is that of a fresh evaluation.
+TEST(random_operations) {
+    models::install();
+    adl_pair_params of    = models::params();
+    of.context.n_ctx      = 512; // as the teacher's
+    of.context.kv_unified = true;
+    Step         step(false, of);
+    std::mt19937 rng(7);
+    const auto   below = [&](int n) { return static_cast<int>(rng() % static_cast<unsigned>(n)); };
+    const auto   any_row = [&]() -> adl_row_params {
+        const double guards[] = {0.0, 0.05, GUARD, 1.0};
+        return {below(5) * 0.8, guards[below(4)], below(3), below(8) == 0};
+    };
+    for (int i = 0; i < 10000; ++i) {
+        const llama_seq_id seq_id = below(4);
+        Tokens &           held   = step.held[seq_id];
+        switch (const int what = below(20)) {
+            case 0: { // rollback
+                const auto keep = static_cast<llama_pos>(held.empty() ? 0 : below(static_cast<int>(held.size())));
+                CHECK(adl_lockstep_memory_seq_rm(step.lockstep, seq_id, keep, -1));
+                held.resize(keep);
+                break;
+            }
+            case 1: { // copy over a sequence that is emptied first
+                const llama_seq_id source = below(4);
+                if (source != seq_id) {
+                    CHECK(adl_lockstep_memory_seq_rm(step.lockstep, seq_id, -1, -1));
+                    CHECK_EQ(adl_lockstep_memory_seq_cp(step.lockstep, source, seq_id, -1, -1), ADL_OK);
+                    held = step.held[source];
+                }
+                break;
+            }
+            case 2:
+                if (below(10) == 0) {
+                    adl_lockstep_memory_seq_keep(step.lockstep, seq_id);
+                    step.held = {{seq_id, Tokens(held)}};
+                } else if (below(20) == 0) {
+                    adl_lockstep_memory_clear(step.lockstep);
+                    step.held.clear();
+                } else {
+                    adl_pair_memory_clear(step.pair);
+                }
+                break;
+            default: {
+                const bool teacher_fails = what == 3, proxy_fails = what == 4;
+                Batch                       batch;
+                std::vector<adl_row_params> rows;
+                std::vector<Tokens>         texts;
+                auto                        after = step.held;
+                for (llama_seq_id s = 0; s < 4; ++s) {
+                    for (int n = s == seq_id ? 1 + below(6) : below(2) * below(3); n > 0; --n) {
+                        const auto pos    = static_cast<llama_pos>(after[s].size());
+                        const bool output = below(2) == 0;
+                        after[s].push_back(below(models::N_PROXY));
+                        batch.add(after[s].back(), pos, {s}, output);
+                        if (output) {
+                            rows.push_back(any_row());
+                            texts.push_back(after[s]);
+                        }
+                    }
+                }
+                fake::file(models::TEACHER).faults.decode_in = teacher_fails;
+                fake::file(models::TEACHER).faults.decode_code = below(2) == 0 ? 2 : -3;
+                fake::file(models::MINUS).faults.decode_in   = proxy_fails;
+                const int32_t status = step.decode(batch, rows);
+                fake::file(models::TEACHER).faults.decode_in = fake::file(models::MINUS).faults.decode_in = 0;
+                if (teacher_fails) {
+                    CHECK(status == 2 || status == ADL_ERROR_DECODE);
+                    for (size_t k = 0; k < rows.size(); ++k) {
+                        CHECK(models::is_closed(step.row(static_cast<int32_t>(k))));
+                    }
+                    break;
+                }
+                step.held = after;
+                for (size_t k = 0; k < rows.size(); ++k) {
+                    const auto row = static_cast<int32_t>(k);
+                    if (step.results[k].closed) {
+                        CHECK(proxy_fails && models::is_closed(step.row(row)));
+                    } else {
+                        check_row(step, row, texts[k], rows[k]);
+                    }
+                }
+            }
+        }
+        for (auto & each : step.held) { // contexts have an end
+            if (each.second.size() > 90) {
+                CHECK(adl_lockstep_memory_seq_rm(step.lockstep, each.first, -1, -1));
+                each.second.clear();
+            }
+        }
+    }
+    CHECK(step.stats().n_evaluated > 1000);
+    CHECK(step.stats().n_rows > 2 * step.stats().n_evaluated);
+}
+
+MAIN
