@@ -66,6 +66,7 @@ adl_pair::adl_pair(const adl_llama & table, const adl::Source & source, double e
       n_vocab_teacher(teacher ? llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(teacher)) : 0),
       teacher_ends(teacher ? adl::end_tokens(llama, llama.llama_model_get_vocab(teacher)) : std::vector<llama_token>()),
       n_batch_(static_cast<int32_t>(llama.llama_n_batch(plus.context))), n_ctx_train_(llama.llama_model_n_ctx_train(plus.model.handle)),
+      is_shared_(llama.llama_n_ctx(plus.context) > static_cast<uint32_t>(n_ctx_train_)),
       n_outputs_max_(params.context.n_outputs_max ? static_cast<int32_t>(params.context.n_outputs_max) : n_batch_),
       concurrency_(llama, params, plus.context, minus.context) {
     attach();
@@ -154,7 +155,7 @@ void adl_pair::check(const llama_batch & batch) const {
         if (batch.token[i] < 0 || batch.token[i] >= n_vocab) {
             throw Error{ADL_ERROR_PROXY, format("token %d is none of the proxy's %d; no token was emitted", batch.token[i], n_vocab)};
         }
-        if (batch.pos != nullptr && batch.pos[i] >= n_ctx_train_) { // of a unified context one sequence may fill more
+        if (batch.pos != nullptr && batch.pos[i] >= n_ctx_train_ && is_shared_) {
             throw Error{ADL_ERROR_PROXY, format("position %d is beyond the %d tokens that the proxy was trained for; give the teacher a "
                                                 "smaller context, or convert a proxy with a longer one", batch.pos[i], n_ctx_train_)};
         }

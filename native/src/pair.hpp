@@ -86,6 +86,7 @@ struct adl_pair {
 
     const int32_t            n_batch_;
     const int32_t            n_ctx_train_;
+    const bool               is_shared_; // a context of more tokens than one sequence may have
     const int32_t            n_outputs_max_;
     adl::Concurrency         concurrency_;
     bool                     attached_ = false; // the adapter, at ±epsilon
