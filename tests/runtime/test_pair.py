@@ -324,6 +324,7 @@ def test_a_text_that_does_not_fit_is_refused(n: int, pair: ProxyPair) -> None:
 
 
 def test_syncing_beyond_the_context_fails_and_recovers(pair: ProxyPair) -> None:
+    pair.sync([65] * 200)  # no batch may be longer than the context
     with pytest.raises(ProxyError, match="no room in its context of 256 tokens; ask for a larger n_ctx"):
         pair.sync([65] * 257)
     pair.sync(TEXT)
