@@ -15,9 +15,10 @@ class Dose:
         strength, guard: the settings it was sampled with.
         n_tokens: sampled tokens.
         n_steerable: those where at least two tokens passed the guard, so that there was a choice to steer.
-        total: Σ (Δ(x_t) − E[Δ]), the derivative of the text's log-probability along ĝ: to first order, how much a step
-            of training on it raises the proxy's loss. The proxy's own text has none on average. None at strength 0,
-            where the pair is not evaluated; `adlocal score` measures any text.
+        n_dosed: those whose Δ was computed: where there was a choice, or all of them with `full`.
+        total: Σ (Δ(x_t) − E[Δ]) over these, the derivative of the text's log-probability along ĝ: to first order, how
+            much a step of training on it raises the proxy's loss. The proxy's own text has none on average. None where
+            the pair was never evaluated, as at strength 0; `adlocal score` measures any text, and all of it.
         kl: Σ KL(adjusted ‖ teacher) a token, nats.
     """
 
@@ -27,11 +28,12 @@ class Dose:
     n_steerable: int = 0
     total: float | None = None
     kl: float = 0.0
+    n_dosed: int = 0
 
     @property
     def per_token(self) -> float | None:
-        """Mean centred Δ of a sampled token."""
-        return None if self.total is None else self.total / self.n_tokens
+        """Mean centred Δ of the tokens whose Δ was computed."""
+        return None if self.total is None else self.total / self.n_dosed
 
     @property
     def mean_kl(self) -> float:
@@ -39,9 +41,10 @@ class Dose:
         return self.kl / self.n_tokens if self.n_tokens else 0.0
 
     def add(self, row: AdjustedRow, dose: float | None) -> None:
-        """Counts a token sampled from `row`; `dose` is its Δ − E[Δ], None at strength 0."""
+        """Counts a token sampled from `row`; `dose` is its Δ − E[Δ], None where it was not computed."""
         self.n_tokens += 1
         self.n_steerable += row.n_candidates > 1
         self.kl += row.kl
         if dose is not None:
             self.total = (self.total or 0.0) + dose
+            self.n_dosed += 1

@@ -31,6 +31,7 @@ class _Proxies:
 
     bundle: Path
     epsilon: float | None
+    full: bool
     proxy_n_gpu_layers: int | None
     proxy_n_threads: int | None
     proxy_type_k: int | None
@@ -66,6 +67,7 @@ class AntidistillationLlama(SafeLlama):
         strength: float | str | None = None,
         guard: float | None = None,
         epsilon: float | None = None,
+        full: bool = False,
         proxy_n_gpu_layers: int | None = None,
         proxy_n_threads: int | None = None,
         proxy_type_k: int | None = None,
@@ -82,6 +84,7 @@ class AntidistillationLlama(SafeLlama):
             guard: tokens under this share of the top token's probability are never lifted; 0 is the paper. None takes
                 the calibrated guard, else 0.05.
             epsilon: step along ĝ, for an adapter bundle; the bundle's by default.
+            full: evaluate the pair for every token, for the doses of all; else only where there is a choice to steer.
             proxy_n_gpu_layers, proxy_n_threads: as for the teacher, whose they are by default.
             proxy_type_k, proxy_type_v: types of the proxies' KV caches, llama.cpp's own by default.
             **kwargs: of `llama_cpp.Llama`.
@@ -95,7 +98,7 @@ class AntidistillationLlama(SafeLlama):
         settings = resolve(opened, model_path, strength, guard)
         GGUFHeader(model_path)
         self._proxies = _Proxies(
-            opened.directory, epsilon, proxy_n_gpu_layers, proxy_n_threads, proxy_type_k, proxy_type_v
+            opened.directory, epsilon, full, proxy_n_gpu_layers, proxy_n_threads, proxy_type_k, proxy_type_v
         )
         # A draft needs a row of scores for every position, not only for the last n_batch.
         kwargs["logits_all"] = kwargs.get("logits_all", False) or kwargs.get("draft_model") is not None
@@ -107,7 +110,7 @@ class AntidistillationLlama(SafeLlama):
             self.close()
             raise
         self._stack.callback(pair.close)
-        self._lockstep = LockstepContext(self._ctx, pair, settings)
+        self._lockstep = LockstepContext(self._ctx, pair, settings, full=full)
         self._n_ctx = len(self.input_ids)  # llama.cpp rounds n_ctx up, Llama's own buffers do not
         self._ctx = self._lockstep  # type: ignore[assignment]  # it offers what Llama asks of a context
         self.pair = pair
@@ -189,7 +192,7 @@ class AntidistillationLlama(SafeLlama):
         self.last_dose = Dose(settings.strength, settings.guard)
         if self._lockstep.in_force != self._lockstep.evaluated_with:
             self._forget_rows(keep_context=not kwargs.get("reset", True))
-        elif not self._lockstep.has_rows():  # after a failure: the prompt may be cached, but nothing to sample from
+        elif not self._lockstep.rows:  # after a failure: the prompt may be cached, but nothing to sample from
             self._requires_eval = True
         yield from self._in_turn(tokens, *args, **kwargs)
 
@@ -245,9 +248,10 @@ class AntidistillationLlama(SafeLlama):
                 return
             super().load_state(state)
             protected = state if isinstance(state, ProtectedState) else None
-            self._lockstep.restored(tokens, protected.evaluated_with if protected else None)
-            if protected:
-                self.pair.load_state(protected.pair)
+            if protected is None:
+                self._lockstep.restored(tokens, None, None)
+            else:
+                self._lockstep.restored(tokens, protected.pair, protected.evaluated_with)
 
     def __getstate__(self) -> dict[str, Any]:
         with self._locked():

@@ -75,7 +75,7 @@ class ProtectedWriter:
         seed: int = 0,
         raw: bool = False,
     ) -> None:
-        """Encodes the prompts; the other arguments are those of `adlocal calibrate`.
+        """Encodes the prompts; `llm` was opened with `full`, and the other arguments are those of `adlocal calibrate`.
 
         Raises:
             InputError: a prompt cannot be rendered, or leaves no room for `n_predict` tokens.

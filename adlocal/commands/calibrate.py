@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     if args.plot is not None:
         calibration_plot.check(args.plot)
     prompts = _prompts(args, budget.unit)
-    with closing(open_protected(args, UNPROTECTED)) as llm:
+    with closing(open_protected(args, UNPROTECTED, full=True)) as llm:
         writer = ProtectedWriter(
             llm,
             prompts,

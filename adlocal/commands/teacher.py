@@ -28,10 +28,14 @@ def open_teacher(args: argparse.Namespace) -> llama_cpp.Llama:
     return open_plain(args) if args.bundle is None else open_protected(args)
 
 
-def open_protected(args: argparse.Namespace, settings: Settings | None = None) -> AntidistillationLlama:
+def open_protected(
+    args: argparse.Namespace, settings: Settings | None = None, *, full: bool = False
+) -> AntidistillationLlama:
     """The teacher with `--bundle`, at these settings, or at those that `--strength` and `--guard` ask for."""
     strength, guard = (args.strength, args.guard) if settings is None else (settings.strength, settings.guard)
-    return AntidistillationLlama(args.model, bundle=args.bundle, strength=strength, guard=guard, **_arguments(args))
+    return AntidistillationLlama(
+        args.model, bundle=args.bundle, strength=strength, guard=guard, full=full, **_arguments(args)
+    )
 
 
 def open_plain(args: argparse.Namespace) -> llama_cpp.Llama:

@@ -1,4 +1,4 @@
-"""The teacher's context as `llama_cpp.Llama` uses it, with a pair that follows and logits adjusted in place.
+"""The teacher's context as `llama_cpp.Llama` uses it: every decode is a protected step of the native core.
 
 Everything that `Llama` samples from, reports as log-probabilities or verifies drafts against comes out of
 `LlamaContext.decode`. Adjusting there leaves no later way around it.
@@ -6,19 +6,24 @@ Everything that `Llama` samples from, reports as log-probabilities or verifies d
 
 from __future__ import annotations
 
+import ctypes
+import math
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
+import llama_cpp
 from llama_cpp._internals import LlamaBatch, LlamaContext
 
 from ..errors import ProxyError
+from ..llamacpp import native
 from ..pair import PairState, ProxyPair
 from ..settings import Settings
 
 
 @dataclass(frozen=True)
 class AdjustedRow:
-    """One adjusted row of the last decode: its place in it, KL, and how many tokens were steered."""
+    """One row of the last decode: its place in it, KL, and how many tokens passed the guard."""
 
     index: int
     kl: float
@@ -31,17 +36,22 @@ class LockstepContext:
     Attributes:
         settings: of the next decode.
         tokens: ids in the teacher's memory, in order.
-        rows: the last decode's adjusted rows, empty when none may be sampled from.
+        rows: the last decode's rows, empty when none may be sampled from.
         evaluated_with: the settings that gave `rows`, and the pair's ε at that time.
     """
 
     # Reads that no adjustment depends on.
     _DELEGATED = frozenset({"ctx", "model", "params", "n_ctx", "pooling_type", "reset_timings", "print_timings"})
 
-    def __init__(self, teacher: LlamaContext, pair: ProxyPair, settings: Settings) -> None:
-        self._teacher = teacher
-        self._pair = pair
-        self._in_step = pair.serial  # the pair's serial number when it held the teacher's tokens; -1: it lags behind
+    def __init__(self, teacher: LlamaContext, pair: ProxyPair, settings: Settings, *, full: bool = False) -> None:
+        """Takes an empty teacher's context; the pair's memory is cleared. `full` evaluates the pair for every row."""
+        self._teacher, self._pair, self._lib = teacher, pair, native.library()
+        params = native.LockstepParams(ctypes.sizeof(native.LockstepParams), full)
+        handle = self._lib.adl_lockstep_init(pair.handle, teacher.ctx, params)
+        if handle is None:
+            raise native.error()
+        self._handle = handle
+        weakref.finalize(self, self._lib.adl_lockstep_free, handle)
         self.settings = settings
         self.evaluated_with = self.in_force
         self.tokens: list[int] = []
@@ -61,31 +71,44 @@ class LockstepContext:
         return self.settings, self._pair.epsilon
 
     def decode(self, batch: LlamaBatch) -> None:
-        """Evaluates a batch in both proxies and the teacher, then adjusts the teacher's output rows in place.
+        """Evaluates a batch in the teacher, and in the pair where a row has a choice; then adjusts rows in place.
 
-        The proxies go first: when one fails, the teacher's logits of this batch were never computed.
-
-        Whatever fails, no row is left to sample from, and the pair makes up for what it missed at the next decode.
+        Whatever fails, no row is left to sample from, and the pair makes up for what it missed when it is next needed.
 
         Raises:
-            ProxyError: a proxy failed.
+            ProxyError: a proxy failed, or the teacher was evaluated around adlocal.
+            RuntimeError: the teacher's `llama_decode` failed, as in llama-cpp-python.
         """
         self.rows, self._is_restored = [], False
-        start, tokens = self._sequence(batch)
-        protect = self.settings.protects
-        if protect:
-            self._follow(start)
-            self._pair.decode(batch)
-        self._teacher.decode(batch)
-        self.tokens[start:] = tokens
-        self._in_step = self._pair.serial if protect else -1
-        self.rows = self.adjust_rows() if protect else [AdjustedRow(i, 0.0, 0) for i in range(_n_outputs(batch))]
+        raw = batch.batch
+        if (start := int(raw.pos[0])) > len(self.tokens):
+            raise ProxyError(
+                f"position {start} follows {len(self.tokens)} known tokens: something evaluated the teacher around "
+                "adlocal (multimodal input does); call reset()"
+            )
+        n = sum(map(bool, raw.logits[: raw.n_tokens]))
+        mode = native.MODE_PROTECT if self.settings.protects else native.MODE_OFF
+        row = native.RowParams(self.settings.strength, self.settings.guard, mode, False)
+        results = (native.RowResult * n)()
+        status = self._lib.adl_lockstep_decode(self._handle, raw, (native.RowParams * n)(*[row] * n), n, results)
+        self._note(start, raw.token[: raw.n_tokens])
+        if status > 0 or status == native.ERROR_DECODE:
+            raise RuntimeError(f"llama_decode returned {status}" if status > 0 else self._lib.adl_last_error().decode())
+        native.check(status)
+        self.rows = [AdjustedRow(i, each.kl, each.n_candidates) for i, each in enumerate(results)]
         self.evaluated_with = self.in_force
 
-    def _follow(self, start: int) -> None:
-        """Brings the pair to the teacher's first `start` tokens, at no cost where nothing but decoding has happened."""
-        if self._in_step != self._pair.serial or start != len(self.tokens):
-            self._pair.sync(self.tokens[:start])
+    def _note(self, start: int, tokens: list[int]) -> None:
+        """The teacher's memory after a decode that may have failed: what it holds of these tokens."""
+        memory = llama_cpp.llama_get_memory(self._teacher.ctx)
+        n_held = llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1
+        self.tokens[start:] = tokens
+        del self.tokens[n_held:]
+
+    def stats(self) -> dict[str, int]:
+        """Rows, rows with a choice, rows whose Δ was computed, batches of the pair and tokens in them, so far."""
+        stats = self._lib.adl_lockstep_get_stats(self._handle)
+        return {field[0]: int(getattr(stats, field[0])) for field in native.LockstepStats._fields_}
 
     def get_logits(self) -> Any:
         """The adjusted rows of the last decode, as `llama_get_logits`."""
@@ -94,12 +117,8 @@ class LockstepContext:
 
     def require_rows(self) -> None:
         """Refuses to go on unless the logits at hand were adjusted with the present settings."""
-        if not self.has_rows() or self.evaluated_with != self.in_force:
+        if not self.rows or self.evaluated_with != self.in_force:
             raise ProxyError("no logits were evaluated with the present strength and guard; evaluate a token first")
-
-    def has_rows(self) -> bool:
-        """Whether there are rows to sample from, and the pair still holds theirs."""
-        return bool(self.rows) and self._in_step in (-1, self._pair.serial)
 
     def row(self, position: int) -> AdjustedRow:
         """The adjusted row that the token after `position` is sampled from."""
@@ -112,63 +131,51 @@ class LockstepContext:
         return self.rows[-back]
 
     def dose(self, row: AdjustedRow, token: int) -> float | None:
-        """Δ(token) − E[Δ] for a row; None at strength 0, where the pair is not evaluated."""
-        return self._pair.dose(row.index, token) if self.evaluated_with[0].protects else None
+        """Δ(token) − E[Δ] for a row of the last decode; None where Δ was not computed: there was nothing to steer."""
+        dose = float(self._lib.adl_lockstep_dose(self._handle, row.index, token))
+        return None if math.isnan(dose) else dose
 
     def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
-        """Forgets the positions from p0 on. The pair follows at its next decode."""
+        """Forgets the positions from p0 on, in teacher and pair."""
         if p1 >= 0:
             raise ProxyError(f"removing positions {p0} to {p1} would shift the context; protection needs it whole")
-        removed = bool(self._teacher.kv_cache_seq_rm(seq_id, p0, p1))
+        removed = bool(self._lib.adl_lockstep_memory_seq_rm(self._handle, seq_id, p0, p1))
         if removed and max(p0, 0) < len(self.tokens):  # Llama asks before every batch, mostly for nothing
             del self.tokens[max(p0, 0) :]
-            self.rows, self._in_step = [], -1
+            self.rows = []
         return removed
 
     def kv_cache_clear(self) -> None:
         """Empties the teacher's memory and the pair's."""
-        self._teacher.kv_cache_clear()
-        self._pair.clear()
-        self.tokens, self.rows, self._in_step, self._is_restored = [], [], self._pair.serial, False
+        self._lib.adl_lockstep_memory_clear(self._handle)
+        self.tokens, self.rows, self._is_restored = [], [], False
+
+    @property
+    def n_held(self) -> int:
+        """How many of the tokens the pair holds; the others wait until a row of theirs has a choice."""
+        return int(self._lib.adl_lockstep_n_held(self._handle, 0))
 
     def pair_state(self) -> PairState:
-        """The pair's memory as it is. It may lag behind the teacher's; the next decode brings it up."""
-        return self._pair.save_state()
+        """The pair's memory as it is."""
+        return self._pair.save_state(self.tokens[: self.n_held])
 
-    def restored(self, tokens: list[int], evaluated_with: tuple[Settings, float] | None) -> None:
+    def restored(
+        self, tokens: list[int], pair: PairState | None, evaluated_with: tuple[Settings, float] | None
+    ) -> None:
         """Says that the teacher's memory was replaced and now holds `tokens`; no row may be sampled until a decode.
 
         Args:
             tokens: what it holds.
+            pair: the pair's memory of that time, to be restored; None where there was none.
             evaluated_with: how the rows were adjusted that belonged to it; None where they never were.
         """
-        self.tokens, self.rows, self._in_step = list(tokens), [], -1
+        n_held = 0 if pair is None else self._pair.load_state(pair)
+        ids = (ctypes.c_int32 * len(tokens))(*tokens)
+        native.check(self._lib.adl_lockstep_restore(self._handle, 0, ids, len(tokens), n_held))
+        self.tokens, self.rows = list(tokens), []
         self._is_restored = bool(tokens) and evaluated_with is not None
         self.evaluated_with = evaluated_with or self.evaluated_with
 
     def lacks_its_row(self) -> bool:
         """Whether a state was restored whose last row is the one to sample from, but states hold no rows."""
         return self._is_restored and self.evaluated_with == self.in_force
-
-    def _sequence(self, batch: LlamaBatch) -> tuple[int, list[int]]:
-        """First position and ids of a batch that continues sequence 0."""
-        raw = batch.batch
-        start = int(raw.pos[0])
-        if start > len(self.tokens) or raw.seq_id[0][0] != 0:
-            raise ProxyError(
-                f"position {start} of sequence {raw.seq_id[0][0]} follows {len(self.tokens)} known tokens: "
-                "something evaluated the teacher around adlocal (multimodal input does); call reset()"
-            )
-        return start, raw.token[: raw.n_tokens]
-
-    def adjust_rows(self) -> list[AdjustedRow]:
-        """Adjusts the output rows of the teacher's last decode in place, with the pair's."""
-        settings = self.settings
-        found = self._pair.adjust(self._teacher.get_logits(), settings.strength, settings.guard)
-        return [AdjustedRow(i, kl, n_candidates) for i, (kl, n_candidates) in enumerate(found)]
-
-
-def _n_outputs(batch: LlamaBatch) -> int:
-    """How many rows of logits a batch asks for."""
-    raw = batch.batch
-    return sum(map(bool, raw.logits[: raw.n_tokens]))

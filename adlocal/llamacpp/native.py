@@ -23,6 +23,11 @@ from .gguf import InitParams, ggml
 FILE_NAME = {"win32": "adlocal.dll", "darwin": "libadlocal.dylib"}.get(sys.platform, "libadlocal.so")
 _REMEDY = "install adlocal again (`pip install .` compiles it; `make setup` in a checkout)"
 
+# enum adl_mode
+MODE_OFF, MODE_OBSERVE, MODE_PROTECT = 0, 1, 2
+#: llama_decode of the teacher failed.
+ERROR_DECODE = -8
+
 # enum adl_status
 _ERRORS: dict[int, type[AdlocalError]] = {
     -1: InputError,
@@ -76,6 +81,32 @@ class RowStruct(ctypes.Structure):
     _fields_ = (("mean", _f64), ("kl", _f64), ("n_candidates", _i32))
 
 
+class RowParams(ctypes.Structure):
+    """struct adl_row_params"""
+
+    _fields_ = (("strength", _f64), ("guard", _f64), ("mode", _i32), ("full", _bool))
+
+
+class RowResult(ctypes.Structure):
+    """struct adl_row_result"""
+
+    _fields_ = (("kl", _f64), ("n_candidates", _i32), ("evaluated", _bool), ("closed", _bool))
+
+
+class LockstepParams(ctypes.Structure):
+    """struct adl_lockstep_params"""
+
+    _fields_ = (("size", ctypes.c_size_t), ("full", _bool))
+
+
+class LockstepStats(ctypes.Structure):
+    """struct adl_lockstep_stats"""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64) for name in ("n_rows", "n_choices", "n_evaluated", "n_pair_decodes", "n_pair_tokens")
+    )
+
+
 class DoseStruct(ctypes.Structure):
     """struct adl_dose"""
 
@@ -108,9 +139,23 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "adl_pair_memory_clear": (None, (_p,)),
     "adl_pair_memory_seq_rm": (_bool, (_p, _i32, _i32, _i32)),
     "adl_pair_touch": (None, (_p,)),
+    "adl_pair_serial": (ctypes.c_uint64, (_p,)),
+    "adl_pair_n_rows": (_i32, (_p,)),
     "adl_pair_adjust": (_i32, (_p, _floats, _i32, ctypes.POINTER(_f64), _f64, ctypes.POINTER(RowStruct))),
     "adl_pair_dose": (_f64, (_p, _i32, _i32)),
     "adl_adjust": (_i32, (_floats, _i32, _floats, _floats, _i32, _i32, _f64, _f64, _f64, ctypes.POINTER(RowStruct))),
+    "adl_lockstep_init": (_p, (_p, _p, LockstepParams)),
+    "adl_lockstep_free": (None, (_p,)),
+    "adl_lockstep_decode": (
+        _i32,
+        (_p, _batch, ctypes.POINTER(RowParams), _i32, ctypes.POINTER(RowResult)),
+    ),
+    "adl_lockstep_dose": (_f64, (_p, _i32, _i32)),
+    "adl_lockstep_get_stats": (LockstepStats, (_p,)),
+    "adl_lockstep_memory_clear": (None, (_p,)),
+    "adl_lockstep_memory_seq_rm": (_bool, (_p, _i32, _i32, _i32)),
+    "adl_lockstep_n_held": (ctypes.c_size_t, (_p, _i32)),
+    "adl_lockstep_restore": (_i32, (_p, _i32, ctypes.POINTER(_i32), ctypes.c_size_t, ctypes.c_size_t)),
     "adl_sampler_init": (_p, (_p, _f64, _f64)),
     "adl_sampler_set_prefix": (_i32, (_p, ctypes.POINTER(_i32), ctypes.c_size_t)),
     "adl_sampler_error": (_str, (_p,)),

@@ -33,20 +33,16 @@ class ProxyPair(TextAnalysis):
     The pair knows which tokens its memory holds, so that `sync` can follow any jump of the teacher: prefix reuse,
     rollback, a restored state. One sequence; not safe for use by several threads at once.
 
-    Attributes:
-        tokens: ids in the proxies' memory, in order.
-        serial: a number that changes whenever the memory does.
     """
 
     def __init__(self, handle: int, n_batch: int, n_outputs: int, bundle: Bundle | None) -> None:
         self._bundle = bundle
-        self.tokens: list[int] = []
-        self.serial = 0
+        self._tokens: list[int] = []
+        self._known_at = -1  # the serial number at which the memory held `_tokens`
         self.n_outputs = n_outputs
         self._lib = native.library()
         self._handle: int | None = handle
         self._free = weakref.finalize(self, self._lib.adl_pair_free, handle)
-        self._rows = 0
         self._batch = LlamaBatch(n_tokens=n_batch, embd=0, n_seq_max=1, verbose=False)
 
     @classmethod
@@ -211,6 +207,16 @@ class ProxyPair(TextAnalysis):
             raise error
 
     @property
+    def serial(self) -> int:
+        """A number that changes whenever the memory does, whoever changed it."""
+        return int(self._lib.adl_pair_serial(self.handle))
+
+    @property
+    def tokens(self) -> list[int]:
+        """Ids in the proxies' memory, in order; none where somebody else, a lockstep say, has changed it."""
+        return self._tokens if self._known_at == self.serial else []
+
+    @property
     def n_vocab(self) -> int:
         return int(self._lib.adl_pair_n_vocab(self.handle))
 
@@ -227,29 +233,29 @@ class ProxyPair(TextAnalysis):
         Raises:
             ProxyError: llama.cpp refused the batch in either proxy. The memory is cleared: `sync` starts afresh.
         """
+        tokens = self.tokens
         n_rows = self.decode_sequences(batch)
-        self.tokens += batch.batch.token[: batch.batch.n_tokens]
+        tokens += batch.batch.token[: batch.batch.n_tokens]
+        self._know(tokens)
         return n_rows
 
     def decode_sequences(self, batch: LlamaBatch) -> int:
         """As `decode`, for a batch of any sequences, by a caller who keeps account of them: `tokens` knows of none."""
-        self._rows = 0
-        n_rows = self._lib.adl_pair_decode(self.handle, batch.batch)
+        n_rows = int(self._lib.adl_pair_decode(self.handle, batch.batch))
         if n_rows < 0:
             error = native.error()
             self.clear()
             raise error
-        self.serial += 1
-        self._rows = n_rows
-        return self._rows
+        return n_rows
 
     def remove_sequence(self, seq_id: int) -> None:
         """Forgets all tokens of one sequence, for callers of `decode_sequences`."""
-        self._changed()
         self._lib.adl_pair_memory_seq_rm(self.handle, seq_id, -1, -1)
 
     def sync(self, tokens: Sequence[int]) -> None:
         """Makes the memory hold exactly `tokens`: keeps the common prefix, drops the rest, decodes what is new."""
+        if self._known_at != self.serial:
+            self.clear()
         if self.tokens == tokens:
             return
         keep = _common_prefix(self.tokens, tokens)
@@ -279,7 +285,7 @@ class ProxyPair(TextAnalysis):
     def dose(self, row: int, token: int) -> float:
         """Δ(token) − E[Δ] for a row of the last decode; 0 for a token beyond the proxy's vocabulary, which has no Δ."""
         if not 0 <= row < self._require_rows():
-            raise InputError(f"row {row} of {self._rows}: the last decode did not ask for it")
+            raise InputError(f"row {row} of {self._require_rows()}: the last decode did not ask for it")
         return float(self._lib.adl_pair_dose(self.handle, row, token))
 
     def rows(self) -> tuple[Rows, Rows]:
@@ -291,29 +297,35 @@ class ProxyPair(TextAnalysis):
         return plus, minus
 
     def _require_rows(self) -> int:
-        if not self._rows:
+        n_rows = int(self._lib.adl_pair_n_rows(self.handle))
+        if not n_rows:
             raise ProxyError("the pair has no evaluated rows: decode a batch first")
-        return self._rows
+        return n_rows
 
     def clear(self) -> None:
         """Empties both memories."""
-        self._changed()
-        self.tokens = []
         self._lib.adl_pair_memory_clear(self.handle)
+        self._know([])
 
-    def save_state(self) -> PairState:
-        """Copy of both memories, for `load_state`."""
+    def save_state(self, tokens: Sequence[int] | None = None) -> PairState:
+        """Copy of both memories, for `load_state`; `tokens` are what they hold, where the pair itself does not know."""
         plus, minus = map(get_state, self.contexts)
-        return PairState(self.bundle.id, self.epsilon, tuple(self.tokens), plus, minus)
+        held = self.tokens if tokens is None else tokens
+        return PairState(self.bundle.id, self.epsilon, tuple(held), plus, minus)
 
-    def load_state(self, state: PairState) -> None:
-        """Restores a copy that `save_state` made. One of another bundle or ε is left alone: `sync` evaluates afresh."""
+    def load_state(self, state: PairState) -> int:
+        """Restores a copy that `save_state` made. One of another bundle or ε is left alone: `sync` evaluates afresh.
+
+        Returns:
+            the number of tokens that the memory holds now.
+        """
         self.clear()
         if (state.bundle_id, state.epsilon) == (self.bundle.id, self.epsilon):
             for context, data in zip(self.contexts, (state.plus, state.minus), strict=True):
                 set_state(context, data)
             self._lib.adl_pair_touch(self.handle)
-            self.tokens = list(state.tokens)
+            self._know(list(state.tokens))
+        return len(self.tokens)
 
     def evaluate(self, tokens: Sequence[int], *, logits_all: bool) -> int:
         """Goes on from `self.tokens`, with a row for the last token of each batch, or for every one.
@@ -321,23 +333,23 @@ class ProxyPair(TextAnalysis):
         Returns:
             the number of rows of the last batch; `rows` reads them.
         """
-        n_batch = self._batch._n_tokens
+        n_rows, n_batch = 0, self._batch._n_tokens
         for i in range(0, len(tokens), n_batch):
             self._batch.set_batch(tokens[i : i + n_batch], len(self.tokens), logits_all)
-            self.decode(self._batch)
-        return self._rows
+            n_rows = self.decode(self._batch)
+        return n_rows
 
     def _truncate(self, n: int) -> None:
         """Drops every token from position n on. Recurrent memory cannot forget a part, and is cleared instead."""
-        self._changed()
+        tokens = self.tokens
         if n and self._lib.adl_pair_memory_seq_rm(self.handle, 0, n, -1):
-            del self.tokens[n:]
+            self._know(tokens[:n])
         else:
             self.clear()
 
-    def _changed(self) -> None:
-        self._rows = 0
-        self.serial += 1
+    def _know(self, tokens: list[int]) -> None:
+        """Notes what the memory holds now."""
+        self._tokens, self._known_at = tokens, self.serial
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -232,6 +232,12 @@ ADL_API bool adl_pair_memory_seq_rm  (struct adl_pair * pair, llama_seq_id seq_i
 ADL_API void adl_pair_memory_seq_cp  (struct adl_pair * pair, llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1);
 ADL_API void adl_pair_memory_seq_keep(struct adl_pair * pair, llama_seq_id seq_id);
 
+// Rows of logits of the last decode; 0 where the memory was changed since.
+ADL_API int32_t adl_pair_n_rows(const struct adl_pair * pair);
+
+// A number that changes whenever the pair's memory does, whoever changed it.
+ADL_API uint64_t adl_pair_serial(const struct adl_pair * pair);
+
 // Says that the host has replaced both memories (llama_state_set_data): rows and what samplers know of them are dropped.
 ADL_API void adl_pair_touch(struct adl_pair * pair);
 
@@ -373,6 +379,9 @@ ADL_API bool adl_lockstep_memory_seq_rm  (struct adl_lockstep * lockstep, llama_
 ADL_NODISCARD ADL_API int32_t adl_lockstep_memory_seq_cp(
         struct adl_lockstep * lockstep, llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1);
 ADL_API void adl_lockstep_memory_seq_keep(struct adl_lockstep * lockstep, llama_seq_id seq_id);
+
+// How many of a sequence's tokens the pair holds; the others wait.
+ADL_API size_t adl_lockstep_n_held(const struct adl_lockstep * lockstep, llama_seq_id seq_id);
 
 // Says that the host has restored a saved state of the teacher: the sequence now holds these tokens, from position 0 on. The
 // pair's memory holds the first `n_held` of them and nothing else, where the host restored that too (and said so with

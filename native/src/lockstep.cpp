@@ -338,6 +338,11 @@ double adl_lockstep::dose(int32_t row, llama_token token) const noexcept {
     return static_cast<size_t>(token) < output.delta.size() ? static_cast<double>(output.delta[token]) - output.mean : 0.0;
 }
 
+size_t adl_lockstep::n_held(llama_seq_id seq_id) const {
+    const auto found = sequences_.find(seq_id);
+    return found == sequences_.end() || pair.serial() != serial_ ? 0 : found->second.n_held;
+}
+
 //
 // What waits
 //

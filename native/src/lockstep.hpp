@@ -58,6 +58,7 @@ struct adl_lockstep {
     const adl_row_result & result(int32_t row) const { return outputs_[row].result; }
     double                 dose(int32_t row, llama_token token) const noexcept;
     adl_lockstep_stats     stats() const { return stats_; }
+    size_t                 n_held(llama_seq_id seq_id) const;
 
     void clear();
     bool seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1);

@@ -79,7 +79,7 @@ int32_t adl_lockstep_decode(
     if (const int32_t error = adl_lockstep_end(lockstep, status, results)) {
         return error;
     }
-    return status >= 0 ? status : adl::keep({ADL_ERROR_DECODE, format("llama_decode of the teacher returned %d; nothing can be sampled", status)});
+    return status >= 0 ? status : adl::keep({ADL_ERROR_DECODE, format("llama_decode returned %d for the teacher; nothing can be sampled", status)});
 }
 
 double adl_lockstep_dose(const struct adl_lockstep * lockstep, int32_t row, llama_token token) {
@@ -105,6 +105,10 @@ int32_t adl_lockstep_memory_seq_cp(
 
 void adl_lockstep_memory_seq_keep(struct adl_lockstep * lockstep, llama_seq_id seq_id) {
     adl::guarded<int>(0, [&] { lockstep->seq_keep(seq_id); return 0; });
+}
+
+size_t adl_lockstep_n_held(const struct adl_lockstep * lockstep, llama_seq_id seq_id) {
+    return lockstep->n_held(seq_id);
 }
 
 int32_t adl_lockstep_restore(

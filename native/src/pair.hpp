@@ -57,6 +57,8 @@ struct adl_pair {
     // A number that changes whenever the memory does.
     uint64_t serial() const noexcept { return serial_; }
 
+    int32_t n_rows() const noexcept { return n_rows_; }
+
     size_t n_batch() const { return static_cast<size_t>(n_batch_); }
     size_t n_outputs_max() const { return static_cast<size_t>(n_outputs_max_); }
 

@@ -156,3 +156,11 @@ int32_t adl_pair_adjust(
 double adl_pair_dose(struct adl_pair * pair, int32_t row, llama_token token) {
     return pair->dose(row, token);
 }
+
+uint64_t adl_pair_serial(const struct adl_pair * pair) {
+    return pair->serial();
+}
+
+int32_t adl_pair_n_rows(const struct adl_pair * pair) {
+    return pair->n_rows();
+}

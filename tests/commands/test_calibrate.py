@@ -67,7 +67,7 @@ def calibrated(
 
 @pytest.fixture
 def llm(tiny_llama: Path, tiny_bundle: Path) -> Iterator[AntidistillationLlama]:
-    with closing(AntidistillationLlama(str(tiny_llama), bundle=tiny_bundle, strength=0.5, **KWARGS)) as llm:
+    with closing(AntidistillationLlama(str(tiny_llama), bundle=tiny_bundle, strength=0.5, full=True, **KWARGS)) as llm:
         yield llm
 
 

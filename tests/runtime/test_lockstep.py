@@ -41,10 +41,6 @@ def greedy(llm: AntidistillationLlama, prompt: str = PROMPT, n: int = 8, temp: f
     return list(itertools.islice(llm.generate(llm.tokenize(prompt.encode()), temp=temp, **kwargs), n))
 
 
-def fail(*_args: object) -> None:
-    raise RuntimeError("llama_decode returned -3")
-
-
 # Failing closed
 
 
@@ -69,13 +65,13 @@ def test_a_proxy_that_fails_ends_the_generation(
     assert greedy(llm) == expected
 
 
-def test_the_teacher_is_not_evaluated_when_a_proxy_fails(
-    llm: AntidistillationLlama, faults: Faults, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its plain logits for this token never exist."""
-    monkeypatch.setattr(llm._lockstep._teacher, "decode", lambda _: pytest.fail("the teacher was evaluated"))
+def test_a_row_that_a_proxy_failed_is_closed(llm: AntidistillationLlama, faults: Faults) -> None:
+    """The teacher has decoded by then; nothing of its row is left."""
     with faults.failing(llm.pair.contexts[0]), pytest.raises(ProxyError):
         llm.create_completion(PROMPT, **GREEDY)
+    row = np.ctypeslib.as_array(llama_cpp.llama_get_logits(llm.ctx), (llm.n_vocab(),))
+    assert row[tiny.EOS] == 0
+    assert set(np.delete(row, tiny.EOS)) == {np.float32(-1e9)}
 
 
 def test_the_same_prompt_again_after_a_failure(llm: AntidistillationLlama, faults: Faults) -> None:
@@ -89,16 +85,15 @@ def test_the_same_prompt_again_after_a_failure(llm: AntidistillationLlama, fault
     assert greedy(llm, n=3) == expected
 
 
-def test_a_teacher_that_fails_leaves_nothing_to_sample(
-    llm: AntidistillationLlama, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_teacher_that_fails_leaves_nothing_to_sample(llm: AntidistillationLlama, faults: Faults) -> None:
+    expected = greedy(llm)
     llm.create_completion(PROMPT, **GREEDY)
-    with monkeypatch.context() as patch:
-        patch.setattr(llm._lockstep._teacher, "decode", fail)
+    with faults.failing(int(llm.ctx)):
         with pytest.raises(RuntimeError, match="llama_decode returned -3"):
             llm.eval([65])
         with pytest.raises(ProxyError, match="evaluate a token first"):
             llm.sample()
+    assert greedy(llm) == expected
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -136,13 +131,14 @@ def test_using_the_pair_in_between_is_made_up_for(llm: AntidistillationLlama) ->
 
 
 def test_the_same_prompt_again_after_the_pair_was_used(llm: AntidistillationLlama) -> None:
-    """It is cached to the last token; its rows in the pair are not there any more."""
+    """Its row is adjusted already, and keeps its dose."""
     expected = greedy(llm, n=1)
     llm.reset()
     assert greedy(llm, n=1) == expected
+    total = llm.last_dose.total
     llm.pair.clear()
-    with pytest.raises(ProxyError, match="evaluate a token first"):
-        llm.sample(temp=0.0)
+    assert [llm.sample(temp=0.0)] == expected
+    assert llm.last_dose.total == pytest.approx(2 * (total or 0))
     assert greedy(llm, n=1) == expected
 
 
@@ -222,7 +218,10 @@ def test_missing_teacher_and_missing_bundle(tiny_llama: Path, tiny_bundle: Path,
 def test_the_pair_holds_what_the_teacher_holds(llm: AntidistillationLlama) -> None:
     for prompt in ("abcdef", "abcxyz", "abc", "zzz"):
         greedy(llm, prompt)
-        assert llm.pair.tokens == llm._lockstep.tokens == llm._input_ids.tolist()
+        assert llm._lockstep.tokens == llm._input_ids.tolist()
+        memories = map(llama_cpp.llama_get_memory, llm.pair.contexts)
+        n_held = [llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1 for memory in memories]
+        assert n_held == [llm._lockstep.n_held] * 2 == [len(llm._lockstep.tokens)] * 2
 
 
 def test_following_costs_nothing_a_token(llm: AntidistillationLlama, monkeypatch: pytest.MonkeyPatch) -> None:

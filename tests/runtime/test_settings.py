@@ -40,7 +40,7 @@ def test_defaults_and_arguments(tiny_bundle: Path, tiny_llama: Path) -> None:
 
 def test_a_pickle_keeps_what_is_in_force(tiny_llama: Path, tiny_bundle: Path) -> None:
     """Not what the model was opened with: protection would silently fall."""
-    options = {"n_ctx": 64, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    options: dict[str, Any] = {"n_ctx": 64, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
     with closing(AntidistillationLlama(str(tiny_llama), bundle=tiny_bundle, strength=1, **options)) as llm:
         llm.strength, llm.guard = 5, 0.2
         stored = pickle.dumps(llm)
