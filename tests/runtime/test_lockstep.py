@@ -23,6 +23,7 @@ from adlocal.score import score_trace
 from adlocal.traces import EncodedTrace
 from support import tiny
 from support.faults import Faults
+from support.reference import last_row
 
 KWARGS: dict[str, Any] = {"n_ctx": 128, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
 PROMPT = "3 + 4 ="
@@ -39,6 +40,58 @@ def llm(tiny_llama: Path, tiny_bundle: Path, faults: Faults) -> Iterator[Antidis
 def greedy(llm: AntidistillationLlama, prompt: str = PROMPT, n: int = 8, temp: float = 0.0, **kwargs: Any) -> list[int]:
     """Sampled ids: the tiny model babbles bytes that are no text."""
     return list(itertools.islice(llm.generate(llm.tokenize(prompt.encode()), temp=temp, **kwargs), n))
+
+
+# Lazy
+
+
+@pytest.mark.parametrize("temp", [0.0, 1.0], ids=["greedy", "sampled"])
+def test_lazy_is_eager(temp: float, tiny_llama: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens and rows within 1e-4, which is what F32 kernels round by in batches of other shapes, over 200
+    prompts at a guard that leaves the teacher a choice in some rows and none in others; and fewer batches of the pair.
+
+    Flash attention rounds to F16 in between, by 4e-4 here: it is off.
+    """
+    load = ProxyPair.load
+
+    def load_exact(first: Path, second: Path, *, params: Any, **rest: Any) -> ProxyPair:
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        return load(first, second, params=params, **rest)
+
+    monkeypatch.setattr(ProxyPair, "load", load_exact)
+    f32 = dict.fromkeys(("type_k", "type_v", "proxy_type_k", "proxy_type_v"), llama_cpp.GGML_TYPE_F32)
+    kwargs = {**KWARGS, "bundle": tiny_bundle, "strength": 2.0, "guard": 0.9, "logits_all": True, **f32}
+    rng = np.random.default_rng(3)
+    with (
+        closing(AntidistillationLlama(str(tiny_llama), **kwargs)) as lazy,
+        closing(AntidistillationLlama(str(tiny_llama), full=True, **kwargs)) as eager,
+    ):
+        for seed in range(200):
+            prompt, said = [tiny.BOS, *rng.integers(32, 127, rng.integers(1, 12)).tolist()], []
+            for llm in (lazy, eager):
+                llm.set_seed(seed)
+                said.append(list(itertools.islice(llm.generate(prompt, temp=temp), 8)))
+            assert said[0] == said[1]
+            np.testing.assert_allclose(lazy._scores, eager._scores, atol=1e-4, rtol=0)
+            assert lazy.last_dose.n_steerable == eager.last_dose.n_steerable == lazy.last_dose.n_dosed
+            assert eager.last_dose.n_dosed == eager.last_dose.n_tokens
+        stats, all_of_it = lazy._lockstep.stats(), eager._lockstep.stats()
+    assert stats["n_rows"] == all_of_it["n_rows"] == all_of_it["n_evaluated"]
+    assert 0.05 < stats["n_choices"] / stats["n_rows"] < 0.95
+    assert stats["n_evaluated"] == stats["n_choices"] == all_of_it["n_choices"]
+    assert stats["n_pair_decodes"] < all_of_it["n_pair_decodes"]
+
+
+def test_a_row_without_a_choice_is_the_teachers_and_costs_no_proxy(tiny_llama: Path, tiny_bundle: Path) -> None:
+    """At guard 1 one token passes in every row: to the bit, and the pair is never evaluated."""
+    prompt = [tiny.BOS, *PROMPT.encode()]
+    with (
+        closing(AntidistillationLlama(str(tiny_llama), bundle=tiny_bundle, guard=1.0, strength=9.0, **KWARGS)) as llm,
+        closing(llama_cpp.Llama(str(tiny_llama), **KWARGS)) as plain,
+    ):
+        np.testing.assert_array_equal(last_row(llm, prompt), last_row(plain, prompt))
+        assert llm._lockstep.stats()["n_pair_decodes"] == 0
+        assert llm._lockstep.n_held == 0
 
 
 # Failing closed
