@@ -71,22 +71,27 @@ static void print_piece(const struct llama_vocab * vocab, llama_token token) {
 }
 
 // The loop that every llama.cpp program has. Returns an exit status.
-static int generate(struct llama_context * ctx, struct llama_sampler * chain, llama_token * prompt, int n_prompt, int n_predict) {
-    const struct llama_vocab *   vocab   = llama_model_get_vocab(llama_get_model(ctx));
-    const struct llama_sampler * adlocal = llama_sampler_chain_get(chain, 0);
-    struct llama_batch           batch   = llama_batch_get_one(prompt, n_prompt);
-    llama_token                  token;
+static int generate(
+        struct llama_context * ctx, struct adl_lockstep * lockstep, struct llama_sampler * chain, llama_token * prompt, int n_prompt,
+        const struct options * o) {
+    const struct llama_vocab *  vocab  = llama_model_get_vocab(llama_get_model(ctx));
+    const struct adl_row_params row    = {o->strength, 0.05, ADL_MODE_PROTECT, false};
+    struct llama_batch          batch  = llama_batch_get_one(prompt, n_prompt);
+    double                      dose   = 0, kl = 0;
+    int                         n_sampled = 0;
+    llama_token                 token;
 
-    for (int i = 0; i < n_predict; i++) {
-        if (llama_decode(ctx, batch) != 0) {
-            fprintf(stderr, "the teacher could not be evaluated\n");
+    for (int i = 0; i < o->n_predict; i++) {
+        struct adl_row_result result;
+        const int32_t         status = adl_lockstep_decode(lockstep, batch, &row, 1, &result); // adlocal: in place of llama_decode
+        if (status != ADL_OK) { // no token without protection
+            fprintf(stderr, "%s\n", status < 0 ? adl_last_error() : "there is no room in the teacher's context");
             return 1;
         }
         token = llama_sampler_sample(chain, ctx, -1);
-        if (adl_sampler_error(adlocal)) { // adlocal: no token without protection
-            fprintf(stderr, "%s\n", adl_sampler_error(adlocal));
-            return 1;
-        }
+        n_sampled++;
+        kl += result.kl;
+        dose += result.evaluated ? adl_lockstep_dose(lockstep, 0, token) : 0;
         if (llama_vocab_is_eog(vocab, token)) {
             break;
         }
@@ -94,10 +99,7 @@ static int generate(struct llama_context * ctx, struct llama_sampler * chain, ll
         batch = llama_batch_get_one(&token, 1);
     }
     printf("\n");
-
-    const struct adl_dose dose = adl_sampler_get_dose(adlocal);
-    fprintf(stderr, "dose %+.3f over %lld tokens, KL %.3f nats a token\n", dose.total, (long long) dose.n_tokens,
-            dose.n_tokens ? dose.kl / (double) dose.n_tokens : 0.0);
+    fprintf(stderr, "dose %+.3f over %d tokens, KL %.3f nats a token\n", dose, n_sampled, n_sampled ? kl / n_sampled : 0.0);
     return 0;
 }
 
@@ -135,19 +137,18 @@ static int run(const struct options * o, struct llama_model * model) {
         fprintf(stderr, "%s\n", ctx ? adl_last_error() : "llama.cpp could not make the teacher's context");
         status = 2;
     } else {
-        struct llama_sampler * chain   = llama_sampler_chain_init(llama_sampler_chain_default_params());
-        struct llama_sampler * adlocal = adl_sampler_init(pair, o->strength, 0.05); // adlocal: first in the chain
-        if (adlocal == NULL) {
+        struct adl_lockstep * lockstep = adl_lockstep_init(pair, ctx, adl_lockstep_default_params()); // adlocal
+        if (lockstep == NULL) {
             fprintf(stderr, "%s\n", adl_last_error());
         } else {
-            adl_sampler_set_prefix(adlocal, prompt, (size_t) n_prompt);
-            llama_sampler_chain_add(chain, adlocal);
+            struct llama_sampler * chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
             llama_sampler_chain_add(chain, llama_sampler_init_greedy());
-            status = generate(ctx, chain, prompt, n_prompt, o->n_predict);
+            status = generate(ctx, lockstep, chain, prompt, n_prompt, o);
+            llama_sampler_free(chain);
         }
-        llama_sampler_free(chain);
+        adl_lockstep_free(lockstep);
     }
-    adl_pair_free(pair); // after its samplers
+    adl_pair_free(pair); // after its lockstep
     if (ctx) {
         llama_free(ctx);
     }
