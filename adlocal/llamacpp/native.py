@@ -110,7 +110,13 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "adl_pair_touch": (None, (_p,)),
     "adl_pair_adjust": (_i32, (_p, _floats, _i32, ctypes.POINTER(_f64), _f64, ctypes.POINTER(RowStruct))),
     "adl_pair_dose": (_f64, (_p, _i32, _i32)),
-    "adl_adjust": (_i32, (_floats, _i32, _floats, _floats, _i32, _i32, _f64, _f64, _f64, ctypes.POINTER(RowStruct))),
+    "adl_adjust": (
+        _i32,
+        (
+            *(_floats, _i32, _floats, _floats, _i32, _i32),
+            *(ctypes.POINTER(_i32), ctypes.c_size_t, _f64, _f64, _f64, ctypes.POINTER(RowStruct)),
+        ),
+    ),
     "adl_sampler_init": (_p, (_p, _f64, _f64)),
     "adl_sampler_set_prefix": (_i32, (_p, ctypes.POINTER(_i32), ctypes.c_size_t)),
     "adl_sampler_error": (_str, (_p,)),

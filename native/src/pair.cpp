@@ -277,7 +277,8 @@ void adl_pair::adjust_row(float * row_logits, int32_t row, double strength, doub
     adl::check_strength(strength, guard);
     const adl::Proxies both = proxies(row);
     const double       mean = adl::expectation(both, epsilon);
-    rows_[row] = adl::adjust(row_logits, n_vocab_teacher, both, n_shared, {epsilon, lam(strength), guard}, mean);
+    const adl::Ends    ends = {teacher_ends.data(), teacher_ends.size()};
+    rows_[row] = adl::adjust(row_logits, n_vocab_teacher, both, n_shared, {epsilon, lam(strength), guard}, ends, mean);
 }
 
 adl::Proxies adl_pair::proxies(int32_t row) {
