@@ -5,7 +5,7 @@ BIN := .venv/bin
 PARALLEL := $(BIN)/python -m pytest -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lab check test test-native-sanitize lint fidelity qualities bench-gradient clean
+.PHONY: help setup demo lab check test test-native-sanitize lint fidelity qualities ends-table bench-gradient clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,9 @@ fidelity: setup  ## Print the fidelity of every family, type and format (2 minut
 
 qualities: setup  ## Print size, fidelity and cost of every quality and format on SmolLM2 (15 minutes)
 	@PYTHONPATH=tests $(BIN)/python -m bench.quality_table
+
+ends-table: setup  ## Print what the treatment of end-of-generation tokens does on SmolLM2 (15 to 30 minutes)
+	@PYTHONPATH=tests $(BIN)/python -m bench.ends_table
 
 bench-gradient: setup  ## Print time and memory of the gradient beside a bare loop of transformers (10 minutes)
 	@PYTHONPATH=tests $(BIN)/python -m bench.gradient_bench

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..errors import ConversionError, InputError
 from ..llama import AntidistillationLlama
+from ..llamacpp.tokens import end_tokens
 from ..settings import Settings
 from ..statistics import ratio_error
 from ..traces import Prompt, TraceEncoder, final_answer, remarks
@@ -99,7 +100,8 @@ class ProtectedWriter:
         """The plain teacher's own text: its rows, for guards from `guard` up, and the text as a round."""
         llm, pair = self.llm, self.llm.pair
         n_rows = len(self.prompts) * self._n_predict
-        curve = Curve(pair.bundle.delta_scale, self.temperature, guard, llm.n_vocab(), n_rows)
+        ends = end_tokens(llm._model.vocab)
+        curve = Curve(pair.bundle.delta_scale, self.temperature, guard, llm.n_vocab(), n_rows, ends)
 
         def watch() -> None:
             row: Any = llama_cpp.llama_get_logits_ith(llm.ctx, -1)

@@ -143,7 +143,13 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "adl_pair_n_rows": (_i32, (_p,)),
     "adl_pair_adjust": (_i32, (_p, _floats, _i32, ctypes.POINTER(_f64), _f64, ctypes.POINTER(RowStruct))),
     "adl_pair_dose": (_f64, (_p, _i32, _i32)),
-    "adl_adjust": (_i32, (_floats, _i32, _floats, _floats, _i32, _i32, _f64, _f64, _f64, ctypes.POINTER(RowStruct))),
+    "adl_adjust": (
+        _i32,
+        (
+            *(_floats, _i32, _floats, _floats, _i32, _i32),
+            *(ctypes.POINTER(_i32), ctypes.c_size_t, _f64, _f64, _f64, ctypes.POINTER(RowStruct)),
+        ),
+    ),
     "adl_lockstep_init": (_p, (_p, _p, LockstepParams)),
     "adl_lockstep_free": (None, (_p,)),
     "adl_lockstep_decode": (

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import llama_cpp
+import numpy as np
+import numpy.typing as npt
 
 
 def token_pieces(vocab: Any, tokens: Sequence[int]) -> list[bytes]:
@@ -35,6 +37,12 @@ def token_texts(pieces: Sequence[bytes]) -> list[str]:
 def text_of(vocab: Any, tokens: Sequence[int]) -> str:
     """What sampled tokens say. Special tokens say nothing, and bytes that make no character are left out."""
     return b"".join(_piece(vocab, token, special=False) for token in tokens).decode("utf-8", errors="ignore")
+
+
+def end_tokens(vocab: Any) -> npt.NDArray[np.int32]:
+    """Ids of the tokens that end generation, `llama_vocab_is_eog`, rising."""
+    ids = range(llama_cpp.llama_vocab_n_tokens(vocab))
+    return np.array([token for token in ids if llama_cpp.llama_vocab_is_eog(vocab, token)], dtype=np.int32)
 
 
 def _piece(vocab: Any, token: int, special: bool) -> bytes:

@@ -249,20 +249,23 @@ ADL_API void adl_pair_touch(struct adl_pair * pair);
 struct adl_row {
     double  mean;         // E[Δ] under the proxy, softmax((z₊ + z₋) / 2); the dose of a token is Δ(token) − mean
     double  kl;           // KL(adjusted ‖ teacher) at temperature 1, in nats
-    int32_t n_candidates; // tokens that passed the guard
+    int32_t n_candidates; // tokens that passed the guard, ends not counted
 };
 
-// Adjusts one row of the teacher's logits in place.
+// Adjusts one row of the teacher's logits in place: candidates become z + λΔ + c, with the c that keeps their total mass, so
+// that at temperature 1 all other tokens keep their probability. Ends of generation are no candidates. Where an end would
+// become the largest logit and was not, one candidate is set to the next float above it, and the others pay for that.
 //   logits        (n_vocab) the teacher's
 //   plus, minus   (n_proxy) the proxies'
 //   n_shared      only ids below it are lifted; at most n_vocab and n_proxy
+//   ends          (n_ends) ids below n_vocab that end generation; NULL if there are none
 //   lam           λ, in logits a unit of Δ; 0 leaves the row as it is, to the bit
-//   guard         share of the top token's probability that a token needs to be lifted, 0 (every token) to 1
+//   guard         share of the top token's probability that a candidate needs, 0 (every token) to 1; the top may be an end
 // Returns ADL_OK, ADL_ERROR_INPUT or ADL_ERROR_PROXY (a NaN or infinity where none may be). On an error neither the row nor
 // `out` is changed. Safe to call from any thread.
 ADL_API int32_t adl_adjust(
         float * logits, int32_t n_vocab, const float * plus, const float * minus, int32_t n_proxy, int32_t n_shared,
-        double epsilon, double lam, double guard, struct adl_row * out);
+        const llama_token * ends, size_t n_ends, double epsilon, double lam, double guard, struct adl_row * out);
 
 // Adjusts the teacher's rows of the batch that adl_pair_decode evaluated last, in place.
 //   logits     (n_rows × n_vocab of the teacher) llama_get_logits(teacher)
@@ -402,7 +405,7 @@ ADL_NODISCARD ADL_API int32_t adl_lockstep_restore(
 //
 // It evaluates the proxies on the prefix and the accepted tokens when it is applied, once a position: applied again
 // without an accept (grammar resampling) it uses what it has. Candidates are told by their id, so others may have been
-// dropped or sorted before; the guard and the centring are then over those that are left.
+// dropped or sorted before; the guard and the kept mass are then those of what is left.
 //
 // Fails closed: when the pair cannot be evaluated, end-of-generation has all the probability, and every other token that
 // is left the same tiny one. Where something rules end-of-generation out (a grammar that is not at its end, a bias) or

@@ -296,11 +296,11 @@ void adl_pair::adjust(float * logits, int32_t n_rows, const double * strength, d
 adl_row adl_pair::adjust_row(float * row_logits, int32_t row, double strength, double guard) {
     adl::check_strength(strength, guard);
     const double mean = expectation(row);
-    return rows_[row] = adl::adjust(row_logits, n_vocab_teacher, proxies(row), n_shared, {epsilon, lam(strength), guard}, mean);
+    return rows_[row] = adl::adjust(row_logits, n_vocab_teacher, proxies(row), n_shared, {epsilon, lam(strength), guard}, ends(), mean);
 }
 
 int32_t adl_pair::n_candidates(const float * logits, double guard) const {
-    return adl::n_candidates(logits, n_vocab_teacher, n_shared, guard);
+    return adl::n_candidates(logits, n_vocab_teacher, n_shared, guard, ends());
 }
 
 double adl_pair::expectation(int32_t row) {

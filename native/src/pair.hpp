@@ -76,6 +76,8 @@ struct adl_pair {
     char                     error[1024] = ""; // the sticky one
 
   private:
+    adl::Ends ends() const { return {teacher_ends.data(), teacher_ends.size()}; }
+
     void    attach();
     void    scale(const adl::Proxy & proxy, double value);
     void    stick(const char * fmt, const char * words) noexcept;

@@ -31,6 +31,8 @@ struct Scratch {
 
     std::vector<size_t> order; // of the candidates, those with a Δ first
     std::vector<float>  logits, plus, minus;
+
+    std::vector<llama_token> ends; // where they are in the order
 };
 
 class Sampler {
@@ -116,7 +118,8 @@ class Sampler {
         const int32_t  n_shared = gather(candidates);
         auto &         logits   = scratch_.logits;
         const Proxies  proxies  = {scratch_.plus.data(), scratch_.minus.data(), n_shared};
-        row_     = adl::adjust(logits.data(), static_cast<int32_t>(logits.size()), proxies, n_shared, settings, evaluated_->mean);
+        const Ends     ends     = {scratch_.ends.data(), scratch_.ends.size()};
+        row_     = adl::adjust(logits.data(), static_cast<int32_t>(logits.size()), proxies, n_shared, settings, ends, evaluated_->mean);
         applied_ = true;
         for (size_t k = 0; k < logits.size(); ++k) {
             candidates->data[scratch_.order[k]].logit = logits[k];
@@ -138,8 +141,12 @@ class Sampler {
         scratch_.logits.resize(order.size());
         scratch_.plus.resize(n_shared);
         scratch_.minus.resize(n_shared);
+        scratch_.ends.clear();
         for (size_t k = 0; k < order.size(); ++k) {
             scratch_.logits[k] = data[order[k]].logit;
+            if (is_end(data[order[k]].id)) {
+                scratch_.ends.push_back(static_cast<llama_token>(k));
+            }
         }
         for (int32_t k = 0; k < n_shared; ++k) {
             const llama_token id = data[order[k]].id;

@@ -12,6 +12,7 @@ constexpr double  EPSILON     = 0.01;
 constexpr double  DELTA_SCALE = 0.75;
 
 constexpr llama_token BOS = 0, EOS = 1, EOT = 2; // the last two end a generation
+constexpr llama_token TEACHER_ENDS[] = {EOS, EOT};
 
 constexpr const char * TEACHER = "teacher.gguf";
 constexpr const char * DIR     = "bundle";

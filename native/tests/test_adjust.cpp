@@ -19,12 +19,14 @@ constexpr double TOLERANCE = 1e-5; // of mean and KL
 struct Case {
     std::vector<float> logits, plus, minus;
     int32_t            n_shared;
+    std::vector<llama_token> ends = {};
     double             epsilon = 0.01, lam = 1.0, guard = 0.05;
 };
 
 struct Expected {
     std::vector<double> logits;
     std::vector<double> shift;      // 0 for those that are no candidates
+    double              c = 0;      // of it, what keeps the candidates' mass
     double              scale = 0;  // what the rounding of a shift is relative to: λ times the largest |Δ| of a candidate
     double              mean = 0, kl = 0;
     int32_t             n_candidates = 0;
@@ -87,12 +89,14 @@ Expected expected(const Case & c) {
     const double         top   = *std::max_element(c.logits.begin(), c.logits.end());
     const double         floor = c.guard > 0 ? top + std::log(c.guard) : -DBL_MAX;
     std::vector<int32_t> candidates;
-    double               sum = 0, largest = 0;
+    std::vector<double>  kept, tilted;
+    double               largest = 0;
     for (int32_t i = 0; i < c.n_shared; ++i) {
-        if (c.logits[i] >= floor) {
+        if (c.logits[i] >= floor && std::find(c.ends.begin(), c.ends.end(), i) == c.ends.end()) {
             const double delta = (static_cast<double>(c.plus[i]) - c.minus[i]) / (2 * c.epsilon);
             candidates.push_back(i);
-            sum += delta;
+            kept.push_back(c.logits[i]);
+            tilted.push_back(c.logits[i] + c.lam * delta);
             largest = std::max(largest, std::fabs(delta));
         }
     }
@@ -101,10 +105,10 @@ Expected expected(const Case & c) {
     e.shift        = std::vector<double>(before.size(), 0.0);
     e.n_candidates = static_cast<int32_t>(candidates.size());
     e.scale        = std::fabs(c.lam) * largest;
-    for (const int32_t i : candidates) {
-        const double delta = (static_cast<double>(c.plus[i]) - c.minus[i]) / (2 * c.epsilon);
-        e.shift[i]         = c.lam * (delta - sum / e.n_candidates);
-        e.logits[i] += e.shift[i];
+    e.c            = candidates.size() > 1 ? log_sum_exp(kept) - log_sum_exp(tilted) : 0;
+    for (size_t k = 0; k < candidates.size() && candidates.size() > 1; ++k) {
+        e.shift[candidates[k]]  = (tilted[k] - kept[k]) + e.c;
+        e.logits[candidates[k]] = tilted[k] + e.c;
     }
     e.kl   = kl_divergence(e.logits, before);
     e.mean = expected_delta(c);
@@ -114,7 +118,7 @@ Expected expected(const Case & c) {
 int32_t call(const Case & c, std::vector<float> & logits, adl_row & row) {
     logits = c.logits;
     return adl_adjust(logits.data(), static_cast<int32_t>(logits.size()), c.plus.data(), c.minus.data(),
-                      static_cast<int32_t>(c.plus.size()), c.n_shared, c.epsilon, c.lam, c.guard, &row);
+                      static_cast<int32_t>(c.plus.size()), c.n_shared, c.ends.data(), c.ends.size(), c.epsilon, c.lam, c.guard, &row);
 }
 
 bool same_bits(const std::vector<float> & a, const std::vector<float> & b) {
@@ -128,7 +132,8 @@ void check_logits(const std::vector<float> & logits, const Case & c, const Expec
             n_wrong += logits[i] != -INF;
         } else {
             const double size = std::fabs(c.logits[i]) + std::fabs(e.shift[i]) + (e.shift[i] != 0 ? e.scale : 0);
-            n_wrong += !(std::fabs(logits[i] - e.logits[i]) <= 1e-6 * size + 1e-30);
+            const double sums = e.shift[i] != 0 ? 1e-6 : 0; // c comes from sums of floats
+            n_wrong += !(std::fabs(logits[i] - e.logits[i]) <= 1e-6 * size + sums + 1e-30);
         }
         n_touched += e.shift[i] == 0 && std::memcmp(&logits[i], &c.logits[i], sizeof(float)) != 0;
     }
@@ -254,6 +259,165 @@ TEST(ties_at_the_top_are_all_plausible) {
     CHECK_EQ(row.n_candidates, 6);
 }
 
+// The probability of a token, in float64.
+double probability(const std::vector<float> & logits, size_t i) {
+    return std::exp(logits[i] - log_sum_exp(std::vector<double>(logits.begin(), logits.end())));
+}
+
+TEST(ends_of_generation_keep_their_logits_and_their_probability) {
+    uint64_t seed = 5000;
+    for (const int32_t n : {4, 40, 511, 513, 1025, 5000}) {
+        for (const double guard : GUARDS) {
+            Case c            = random_case(++seed, n + 3, n, n);
+            c.guard           = guard;
+            c.ends            = {n / 2, 0, n + 1, n - 1, n / 2};
+            c.logits[n / 2]   = 9; // a plausible one; the last is beyond the shared, and so is
+            c.logits[n + 1]   = 8.5f;
+            c.logits[n / 3]   = 9.5f;
+            c.logits[n / 3 + 1] = 9.25f;
+            c.plus[n / 2]     = -INF; // nobody asks for its Δ
+            const Expected e  = expected(c);
+            const double  most = *std::max_element(e.logits.begin(), e.logits.begin() + n / 2);
+            std::vector<float> logits;
+            adl_row            row;
+            CHECK_EQ(call(c, logits, row), ADL_OK);
+            CHECK_EQ(row.n_candidates, e.n_candidates);
+            for (const size_t end : {n / 2, 0, n + 1, n - 1}) {
+                CHECK_EQ(logits[end], c.logits[end]);
+                CHECK_NEAR(probability(logits, end) / probability(c.logits, end), 1.0, 1e-5);
+            }
+            if (most > 9 || guard == 1) {
+                check_logits(logits, c, e);
+                CHECK_NEAR(row.kl, e.kl, TOLERANCE * (1 + e.kl));
+            }
+        }
+    }
+}
+
+TEST(the_guard_asks_for_a_share_of_an_end_that_is_the_top) {
+    Case c = random_case(30, 600, 600, 600);
+    std::fill(c.logits.begin(), c.logits.end(), -1.0f);
+    c.logits[3] = 5;
+    c.logits[4] = 3;
+    c.logits[5] = 1.9f; // less than 0.05 of the end's
+    c.ends      = {3};
+    std::vector<float> logits;
+    adl_row            row;
+    CHECK_EQ(call(c, logits, row), ADL_OK);
+    CHECK_EQ(row.n_candidates, 1);
+    CHECK_EQ(row.kl, 0.0);
+    CHECK(same_bits(logits, c.logits));
+    c.ends = {3, 4};
+    CHECK_EQ(call(c, logits, row), ADL_OK);
+    CHECK_EQ(row.n_candidates, 0);
+    CHECK(same_bits(logits, c.logits));
+}
+
+// One candidate at 0 and eleven at −2 that λ = 1 evens out, and an end.
+Case evened_out(float end) {
+    Case c = random_case(31, 1300, 1290, 1290);
+    std::fill(c.logits.begin(), c.logits.end(), -20.0f);
+    c.minus = c.plus;
+    for (int k = 0; k < 12; ++k) {
+        c.logits[100 * k + 7] = k == 0 ? 0.0f : -2.0f;
+        c.plus[100 * k + 7]   = k == 0 ? 1.0f : k == 5 ? 1.045f : 1.04f; // in steps of ε: 0, 2 and 2.25
+        c.minus[100 * k + 7]  = 1.0f;
+    }
+    c.logits[600] = end;
+    c.ends        = {600};
+    return c;
+}
+
+TEST(greedy_decoding_ends_only_where_the_teacher_would) {
+    for (const double guard : {0.0, 0.05}) {
+        for (const float end : {-1e-7f, -0.3f, -0.9f}) {
+            Case c  = evened_out(end);
+            c.guard = guard;
+            std::vector<float> logits;
+            adl_row            row;
+            CHECK_EQ(call(c, logits, row), ADL_OK);
+            CHECK_EQ(logits[600], end);
+            CHECK_EQ(logits[507], std::nextafter(end, INF));
+            CHECK_EQ(*std::max_element(logits.begin(), logits.end()), logits[507]);
+            CHECK_NEAR(probability(logits, 600) / probability(c.logits, 600), 1.0, 1e-5);
+            CHECK_NEAR(logits[107] - logits[307], 0.0, 1e-5); // the others all paid the same
+            CHECK_NEAR(logits[107] - logits[7], 0.0, 1e-4);
+            const std::vector<double> q(logits.begin(), logits.end()), p(c.logits.begin(), c.logits.end());
+            CHECK_NEAR(row.kl, kl_divergence(q, p), TOLERANCE);
+        }
+    }
+}
+
+TEST(nothing_is_raised_where_no_end_takes_over) {
+    const auto check = [](const Case & c) {
+        std::vector<float> logits;
+        adl_row            row;
+        CHECK_EQ(call(c, logits, row), ADL_OK);
+        check_logits(logits, c, expected(c));
+        return logits[507];
+    };
+    CHECK(check(evened_out(0.0f)) < 0.0f);  // a tie at the top: the end is the teacher's choice
+    CHECK(check(evened_out(0.5f)) < 0.5f);
+    CHECK(check(evened_out(-5.0f)) > -5.0f);
+    Case c             = evened_out(-0.3f);
+    c.logits.back()    = -0.2f; // beyond the shared: never lifted, and above the end
+    CHECK(check(c) < -0.3f);
+    c.logits.back() = -0.3f;
+    std::vector<float> logits;
+    adl_row            row;
+    CHECK_EQ(call(c, logits, row), ADL_OK);
+    CHECK_EQ(logits[507], std::nextafter(-0.3f, INF));
+}
+
+TEST(the_raise_is_exact_at_any_strength) {
+    for (const double lam : {1e-3, 1.0, 1e4, 1e9}) {
+        Case c = evened_out(-0.3f);
+        c.lam  = lam;
+        for (int k = 0; k < 12; ++k) {
+            const bool far      = k == 9 && lam > 1;
+            c.plus[100 * k + 7] = k == 0 ? 0.0f : static_cast<float>(0.04 / lam);
+            c.minus[100 * k + 7] = far ? 1.0f : 0.0f;
+        }
+        std::vector<float> logits;
+        adl_row            row;
+        CHECK_EQ(call(c, logits, row), ADL_OK);
+        CHECK_EQ(*std::max_element(logits.begin(), logits.end()), std::nextafter(-0.3f, INF));
+        CHECK(std::isfinite(row.kl) && row.kl > 0);
+    }
+}
+
+TEST(next_to_nothing_may_be_left_to_pay_with) {
+    Case c   = random_case(32, 3, 3, 3);
+    c.logits = {0, -50, std::nextafter(0.0f, -1.0f)};
+    c.plus   = {0, 1, 0};
+    c.minus  = {0, 0, 0}; // Δ = 50
+    c.ends   = {2};
+    c.guard  = 0;
+    std::vector<float> logits;
+    adl_row            row;
+    CHECK_EQ(call(c, logits, row), ADL_OK);
+    CHECK_EQ(std::max(logits[0], logits[1]), 0.0f);
+    CHECK(std::isfinite(logits[0]) && std::isfinite(logits[1]) && std::isfinite(row.kl));
+}
+
+TEST(an_end_that_is_no_number_is_refused_and_stays) {
+    for (const float value : {NOT_A_NUMBER, INF}) {
+        for (const llama_token end : {5, 605}) {
+            Case c        = random_case(33, 610, 600, 600);
+            c.logits[end] = value;
+            c.ends        = {3, end, 3, end};
+            check_fails(c, ADL_ERROR_PROXY, "teacher");
+        }
+    }
+    Case c        = random_case(34, 600, 600, 600);
+    c.logits[100] = 30;
+    c.plus[100]   = INF; // not even an end's
+    c.ends        = {3, 7};
+    check_fails(c, ADL_ERROR_PROXY, "not");
+    c.plus[100] = NOT_A_NUMBER;
+    check_fails(c, ADL_ERROR_PROXY, "not");
+}
+
 // Which floats beside top + log(guard) pass is told in float64: that of the two nearest which is not below it, and up.
 TEST(the_guard_is_exact_to_a_float) {
     for (int k = 1; k < 400; ++k) {
@@ -329,7 +493,7 @@ TEST(a_strong_lambda_is_right_too) {
         adl_row            row;
         CHECK_EQ(call(c, logits, row), ADL_OK);
         check_logits(logits, c, e);
-        CHECK_NEAR(row.kl, e.kl, TOLERANCE * (1 + e.scale));
+        CHECK_NEAR(row.kl, e.kl, TOLERANCE * (1 + e.kl));
     }
 }
 
@@ -425,10 +589,11 @@ TEST(pointers_are_checked) {
     Case    c = random_case(18, 40, 40, 40);
     adl_row row;
     float * z = c.logits.data();
-    CHECK_EQ(adl_adjust(nullptr, 40, c.plus.data(), c.minus.data(), 40, 40, 1, 1, 0, &row), ADL_ERROR_INPUT);
-    CHECK_EQ(adl_adjust(z, 40, nullptr, c.minus.data(), 40, 40, 1, 1, 0, &row), ADL_ERROR_INPUT);
-    CHECK_EQ(adl_adjust(z, 40, c.plus.data(), nullptr, 40, 40, 1, 1, 0, &row), ADL_ERROR_INPUT);
-    CHECK_EQ(adl_adjust(z, 40, c.plus.data(), c.minus.data(), 40, 40, 1, 1, 0, nullptr), ADL_ERROR_INPUT);
+    CHECK_EQ(adl_adjust(nullptr, 40, c.plus.data(), c.minus.data(), 40, 40, nullptr, 0, 1, 1, 0, &row), ADL_ERROR_INPUT);
+    CHECK_EQ(adl_adjust(z, 40, nullptr, c.minus.data(), 40, 40, nullptr, 0, 1, 1, 0, &row), ADL_ERROR_INPUT);
+    CHECK_EQ(adl_adjust(z, 40, c.plus.data(), nullptr, 40, 40, nullptr, 0, 1, 1, 0, &row), ADL_ERROR_INPUT);
+    CHECK_EQ(adl_adjust(z, 40, c.plus.data(), c.minus.data(), 40, 40, nullptr, 0, 1, 1, 0, nullptr), ADL_ERROR_INPUT);
+    CHECK_EQ(adl_adjust(z, 40, c.plus.data(), c.minus.data(), 40, 40, nullptr, 1, 1, 1, 0, &row), ADL_ERROR_INPUT);
     CHECK_EQ(adl_last_status(), ADL_ERROR_INPUT);
 }
 
@@ -441,6 +606,11 @@ TEST(numbers_are_checked) {
         std::swap(c.plus, c.logits);
         c.minus = c.plus;
         check_fails(c, ADL_ERROR_INPUT, "n_shared=");
+    }
+    for (const llama_token end : {-1, 40, INT32_MAX, INT32_MIN}) {
+        Case c = random_case(20, 40, 40, 40);
+        c.ends = {39, end};
+        check_fails(c, ADL_ERROR_INPUT, "ends: ");
     }
     for (const double epsilon : {0.0, -0.01, nan, inf, -inf}) {
         Case c    = random_case(20, 40, 40, 40);

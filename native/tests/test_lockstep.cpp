@@ -82,7 +82,7 @@ Expected expected(const Tokens & tokens, const adl_row_params & params) {
     const bool         changes  = params.mode == ADL_MODE_PROTECT;
     std::vector<float> adjusted = e.logits;
     CHECK_EQ(adl_adjust(adjusted.data(), models::N_TEACHER, e.plus.data(), e.minus.data(), models::N_PROXY, models::N_PROXY,
-                        models::EPSILON, (changes ? params.strength : 0.0) / models::DELTA_SCALE, params.guard, &e.row), ADL_OK);
+                        models::TEACHER_ENDS, 2, models::EPSILON, (changes ? params.strength : 0.0) / models::DELTA_SCALE, params.guard, &e.row), ADL_OK);
     if (changes) {
         e.logits = adjusted;
     }

@@ -221,7 +221,8 @@ TEST(a_protected_step) {
         std::vector<float> z = fake::logits(models::TEACHER, {5, 6, 7, 8}), plus = fake::logits(PLUS, {5, 6, 7, 8}),
                            minus = fake::logits(MINUS, {5, 6, 7, 8});
         adl_row            expected;
-        CHECK_EQ(adl_adjust(z.data(), N_TEACHER, plus.data(), minus.data(), N_PROXY, N_PROXY, EPSILON, 2.0 / DELTA_SCALE, 0.0, &expected), ADL_OK);
+        CHECK_EQ(adl_adjust(z.data(), N_TEACHER, plus.data(), minus.data(), N_PROXY, N_PROXY, TEACHER_ENDS, 2, EPSILON, 2.0 / DELTA_SCALE, 0.0, &expected),
+                 ADL_OK);
         CHECK(std::equal(z.begin(), z.end(), llama_get_logits(teacher)));
         adl_lockstep_free(lockstep);
         llama_free(teacher);
@@ -290,7 +291,7 @@ void apply_and_check(llama_sampler * smpl, const Tokens & tokens) {
 
     adl_row            row;
     std::vector<float> given;
-    adl_adjust(expected.data(), N_TEACHER, plus.data(), minus.data(), N_PROXY, N_PROXY, EPSILON, STRENGTH / DELTA_SCALE, GUARD, &row);
+    adl_adjust(expected.data(), N_TEACHER, plus.data(), minus.data(), N_PROXY, N_PROXY, TEACHER_ENDS, 2, EPSILON, STRENGTH / DELTA_SCALE, GUARD, &row);
     for (const llama_token_data & d : data) {
         given.push_back(d.logit);
     }

@@ -35,7 +35,8 @@ adl_row adjusted(const Tokens & tokens, double strength, double guard, std::vect
     adl_row                  row  = {};
     const std::vector<float> plus = fake::logits(PLUS, tokens), minus = fake::logits(MINUS, tokens);
     logits = fake::logits(TEACHER, tokens);
-    CHECK_EQ(adl_adjust(logits.data(), N_TEACHER, plus.data(), minus.data(), N_PROXY, N_PROXY, EPSILON, strength / DELTA_SCALE, guard, &row), ADL_OK);
+    CHECK_EQ(adl_adjust(logits.data(), N_TEACHER, plus.data(), minus.data(), N_PROXY, N_PROXY, TEACHER_ENDS, 2, EPSILON,
+                        strength / DELTA_SCALE, guard, &row), ADL_OK);
     return row;
 }
 
@@ -59,22 +60,46 @@ TEST(rows_are_adjusted_with_a_strength_each) {
     }
 }
 
+TEST(ends_stay_the_teachers) {
+    install();
+    Decoded      d;
+    const double strength[] = {8, 8, 8};
+    adl_row      rows[3];
+    std::vector<float> before;
+    for (int i = 0; i < 3; ++i) {
+        d.row(i)[EOS] = *std::max_element(d.row(i), d.row(i) + N_TEACHER) + 0.25f; // plausible as can be
+        d.row(i)[EOT] = d.row(i)[EOS] - 1;
+    }
+    before = d.logits;
+    CHECK_EQ(adl_pair_adjust(d.pair, d.logits.data(), 3, strength, 0, rows), ADL_OK);
+    for (int i = 0; i < 3; ++i) {
+        for (const llama_token end : TEACHER_ENDS) {
+            CHECK_EQ(d.row(i)[end], before[i * N_TEACHER + end]);
+        }
+        CHECK(d.row(i)[7] != before[i * N_TEACHER + 7]);
+        CHECK_EQ(rows[i].n_candidates, N_PROXY - 2);
+    }
+}
+
 TEST(strength_is_the_typical_shift_in_nats) {
     install();
     Decoded      d;
     const double strength[] = {2, 2, 2};
     adl_row      rows[3];
-    double       sum = 0;
-    int          n = 0;
+    double       squares = 0;
     CHECK_EQ(adl_pair_adjust(d.pair, d.logits.data(), 3, strength, 0, rows), ADL_OK);
     for (int i = 0; i < 3; ++i) {
         const std::vector<float> before = fake::logits(TEACHER, d.histories[i]);
-        for (int32_t t = 0; t < N_PROXY; ++t, ++n) {
-            sum += std::pow(d.row(i)[t] - before[t], 2);
+        double sum = 0, square = 0; // against each other: a constant of the row keeps the mass
+        for (int32_t t = EOT + 1; t < N_PROXY; ++t) {
+            sum += d.row(i)[t] - before[t];
+            square += std::pow(d.row(i)[t] - before[t], 2);
         }
+        const int32_t n = N_PROXY - EOT - 1;
+        squares += square / n - std::pow(sum / n, 2);
     }
     // Δ of the toy is uniform − uniform, RMS √(2/3), times its scale: what delta_scale, 0.75, stands for.
-    CHECK_NEAR(std::sqrt(sum / n), 2 * 0.816 / 0.75, 0.2);
+    CHECK_NEAR(std::sqrt(squares / 3), 2 * 0.816 / 0.75, 0.2);
 }
 
 // Checks that adjusting fails with `status` and leaves every row closed.

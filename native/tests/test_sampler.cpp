@@ -68,10 +68,14 @@ adl_row expect(const Tokens & tokens, std::vector<llama_token_data> & data, doub
     const std::vector<float> plus = fake::logits(PLUS, tokens), minus = fake::logits(MINUS, tokens);
     std::vector<float>       z, p, m;
     std::vector<size_t>      order;
+    Tokens                   ends; // where they are in z
     for (const bool shared : {true, false}) {
         for (size_t i = 0; i < data.size(); ++i) {
             if ((data[i].id < N_PROXY) == shared) {
                 order.push_back(i);
+                if (is_end(data[i])) {
+                    ends.push_back(static_cast<llama_token>(z.size()));
+                }
                 z.push_back(data[i].logit);
             }
             if (data[i].id < N_PROXY && shared) {
@@ -82,7 +86,8 @@ adl_row expect(const Tokens & tokens, std::vector<llama_token_data> & data, doub
     }
     adl_row   row = {};
     const int n   = static_cast<int>(p.size());
-    CHECK_EQ(adl_adjust(z.data(), static_cast<int>(z.size()), p.data(), m.data(), n, n, EPSILON, strength / DELTA_SCALE, guard, &row), ADL_OK);
+    CHECK_EQ(adl_adjust(z.data(), static_cast<int>(z.size()), p.data(), m.data(), n, n, ends.data(), ends.size(), EPSILON,
+                        strength / DELTA_SCALE, guard, &row), ADL_OK);
     for (size_t k = 0; k < order.size(); ++k) {
         data[order[k]].logit = z[k];
     }
@@ -163,6 +168,52 @@ TEST(candidates_that_were_dropped_are_not_missed) {
         expect({5, 6, 7}, expected);
         check_same(given, expected); // and no longer sorted
     }
+}
+
+// By id: wherever they lie, whatever was dropped, and beyond the proxies' vocabulary too.
+TEST(ends_stay_the_teachers) {
+    for (const llama_token end : {EOT, N_TEACHER - 1}) {
+        install();
+        fake::file(TEACHER).vocab.ends = {end};
+        Fixture f;
+        f.prefix({5, 6, 7});
+        Candidates given({5, 6, 7});
+        given.logit(end) = 9;
+        given.logit(30)  = 8.75f;
+        given.logit(31)  = 8.5f;
+        given.shuffle(3);
+        given.drop([&](const llama_token_data & d) { return d.id != end && d.id != 30 && d.id != 31 && d.id < 40; });
+        const std::vector<llama_token_data> before = given.data;
+        given.apply(f.smpl);
+        CHECK_EQ(given.logit(end), 9.0f);
+        CHECK(given.logit(30) != 8.75f && given.logit(31) != 8.5f);
+        double mass_before = 0, mass = 0;
+        for (size_t i = 0; i < before.size(); ++i) {
+            mass_before += std::exp(before[i].logit);
+            mass += std::exp(given.data[i].logit);
+        }
+        CHECK_NEAR(mass / mass_before, 1.0, 1e-5);
+        f.accept(30);
+        CHECK_EQ(adl_sampler_get_dose(f.smpl).n_steerable, 1);
+    }
+}
+
+TEST(greedy_decoding_ends_only_where_the_teacher_would) {
+    install();
+    Fixture f;
+    f.prefix({5, 6, 7});
+    Candidates given({5, 6, 7});
+    for (llama_token_data & d : given.data) {
+        d.logit = d.id == EOT ? 3.0f : d.id == 50 ? 3.125f : d.id < N_PROXY ? 2.0f : -9.0f;
+    }
+    given.shuffle(4);
+    for (int repeat = 0; repeat < 2; ++repeat) { // at the end nothing is evened out that was even
+        given.apply(f.smpl);
+        given.sort_and_keep(given.data.size());
+        CHECK(given.data[0].id != EOT);
+        CHECK(given.data[0].logit > 3.0f);
+    }
+    CHECK_EQ(given.logit(EOT), 3.0f);
 }
 
 TEST(candidates_that_a_grammar_ruled_out_stay_so) {

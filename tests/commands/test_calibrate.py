@@ -119,17 +119,23 @@ def test_the_table_only_rises(calibrated: tuple[Path, dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("guard", [0.0, 0.02, 0.2])
+@pytest.mark.parametrize("ends", [[], [3, 30, 49]])
 @pytest.mark.parametrize("strength", [0.0, 0.3, 3.0, 60.0])
-def test_the_curve_is_the_oracles(strength: float, guard: float) -> None:
+def test_the_curve_is_the_oracles(strength: float, ends: list[int], guard: float) -> None:
     """Against adjust.py row by row. The oracle shifts in float32: 1e-4 of a KL at most."""
     rng = np.random.default_rng(3)
-    z, plus, minus = 2 * rng.normal(size=(3, 20, 50)).astype(np.float32)
-    curve = Curve(0.7, 1.0, guard, n_vocab=50, n_rows=20)
+    z, plus, minus = 2 * rng.normal(size=(3, 60, 50)).astype(np.float32)
+    z[:30] /= 4  # at 0.3 some ends would take over
+    z[:30, 3] = z[:30].max(axis=1) - 0.01
+    z[40, :3], z[40, 3:] = 12, 0  # an end alone is plausible, or two of its like beside it
+    z[41, 30], z[42, 30], z[42, 1] = 30, 30, 29
+    ids = np.array(ends, dtype=np.intp)
+    curve = Curve(0.7, 1.0, guard, n_vocab=50, n_rows=60, ends=ids)
     kls, doses = [], []
     for teacher, p, m in zip(z, plus, minus, strict=True):
         curve.add(teacher, p, m, 0.5)
         delta = adjust.delta(p, m, 0.5)
-        adjusted = adjust.adjust(teacher, delta, lam=strength / 0.7, guard=guard)
+        adjusted = adjust.adjust(teacher, delta, lam=strength / 0.7, guard=guard, ends=ids)
         kls.append(adjusted.kl)
         q = np.exp(log_softmax(adjusted.logits))
         q[teacher < teacher.max() + np.log(min(guard, 1e-3) or 1e-300)] = 0  # tokens that no sampler takes

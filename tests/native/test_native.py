@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import os
 import re
@@ -24,13 +25,14 @@ from llama_cpp.llama_cpp import _lib as libllama
 
 import adlocal
 from adlocal import Bundle, BundleError, InputError, ModelError, NativeError, ProxyError
-from adlocal.adjust import adjust, delta, expectation
+from adlocal.adjust import NO_ENDS, Ids, adjust, delta, expectation
 from adlocal.bundle import FORMAT_VERSION, MINUS_NAME, PLUS_NAME
 from adlocal.llamacpp import native
 from adlocal.llamacpp.record import stored_fields
 from adlocal.pair import context_params
 from support import tiny
 from support.cli import Cli
+from support.reference import log_softmax
 from support.spoiled import HALVES, Copy, drop, read_natively, rewrite, stored
 
 Row = npt.NDArray[np.float32]
@@ -166,14 +168,22 @@ def rows(kind: str, n: int, n_proxy: int) -> tuple[Row, Row, Row]:
 
 
 def core(
-    z: Row, plus: Row, minus: Row, lam: float, guard: float, n_shared: int | None = None, epsilon: float = EPSILON
+    z: Row,
+    plus: Row,
+    minus: Row,
+    lam: float,
+    guard: float,
+    n_shared: int | None = None,
+    epsilon: float = EPSILON,
+    ends: Ids = NO_ENDS,
 ) -> tuple[Row, native.RowStruct]:
     """adl_adjust; raises what it refuses, after a look at the row."""
     z, before, out = z.copy(), z, native.RowStruct(mean=7, kl=7, n_candidates=7)
     n_shared = min(len(z), len(plus)) if n_shared is None else n_shared
     pointers = [row.ctypes.data_as(ctypes.POINTER(ctypes.c_float)) for row in (z, plus, minus)]
-    arguments = (pointers[0], len(z), *pointers[1:], len(plus), n_shared, epsilon, lam, guard, ctypes.byref(out))
-    status = native.library().adl_adjust(*arguments)
+    ids = (ctypes.c_int32 * len(ends))(*ends)
+    row = pointers[0], len(z), *pointers[1:], len(plus), n_shared
+    status = native.library().adl_adjust(*row, ids, len(ends), epsilon, lam, guard, ctypes.byref(out))
     if status != 0:
         assert z.tobytes() == before.tobytes()
         assert (out.mean, out.kl, out.n_candidates) == (7, 7, 7)
@@ -183,9 +193,8 @@ def core(
 
 @pytest.mark.parametrize("n", SIZES)
 def test_rows_are_the_oracles(n: int) -> None:
-    """Logits to a unit in the last place of the logit or of its shift, whichever is larger (equal to the bit here: the
-    mean over candidates is summed in another order, in float64). KL to 1e-5 of itself and 1e-5, E[Δ] to 1e-5 of Δ's
-    spread: the core sums exponentials in float32, a block at a time.
+    """KL to 1e-5 of itself and 1e-5, E[Δ] to 1e-5 of Δ's spread: the core sums exponentials in float32, a block at a
+    time.
     """
     for kind in KINDS:
         for more, fewer, unshared in PADDINGS if n < 40_000 else PADDINGS[: 2 if kind == "random" else 1]:
@@ -194,21 +203,67 @@ def test_rows_are_the_oracles(n: int) -> None:
             n_shared = max(1, min(n, n_proxy) - unshared)
             d = delta(plus, minus, EPSILON)
             mean = pytest.approx(expectation(plus, minus, d), abs=1e-5 * float(np.std(d)) or 1e-6)
-            for guard in GUARDS:
-                for lam in LAMBDAS:
-                    got, out = core(z, plus, minus, lam, guard, n_shared)
-                    expected = adjust(z, d[:n_shared], lam=lam, guard=guard)
-                    assert_same_row(got, expected.logits, z)
-                    assert out.n_candidates == expected.n_candidates
-                    assert out.kl == pytest.approx(expected.kl, rel=1e-5, abs=1e-5)
-                    assert out.mean == mean
+            ends = np.unique(np.array([n - 1, np.argsort(z)[-2:][0], n // 3, n // 2 + 1]) % n)[: n - 1]
+            for guard, lam, some in itertools.product(GUARDS, LAMBDAS, [NO_ENDS, ends]):
+                got, out = core(z, plus, minus, lam, guard, n_shared, ends=some)
+                expected = adjust(z, d[:n_shared], lam=lam, guard=guard, ends=some)
+                assert_same_row(got, expected.logits, z)
+                assert got[some].tobytes() == z[some].tobytes()
+                assert out.n_candidates == expected.n_candidates
+                assert out.kl == pytest.approx(expected.kl, rel=1e-5, abs=1e-5)
+                assert out.mean == mean
 
 
 def assert_same_row(got: Row, expected: Row, z: Row) -> None:
+    """To a unit in the last place of the logit or of its shift, whichever is larger, and 1e-6: the constant that keeps
+    the mass comes from the core's float32 sums. What did not move is the same to the bit.
+    """
     assert np.array_equal(np.isfinite(got), np.isfinite(expected))
     some = np.isfinite(z)
     ulp = np.spacing(np.maximum(np.abs(expected[some]), np.abs(expected[some] - z[some])))
-    assert np.all(np.abs(got[some] - expected[some]) <= ulp)
+    assert np.all(np.abs(got[some] - expected[some]) <= ulp + 1e-6)
+
+
+def evened_out(lam: float) -> tuple[Row, Row, Row]:
+    """600 tokens, of which λ evens out the plausible ones, 5 and 520 to 530; 7 is nearly the top, and ends."""
+    z, plus, minus = rows("random", 600, 600)
+    z[:] = np.minimum(z, 5)
+    z[5], z[7], z[520:531] = 11, 10.75, 9.5
+    minus[:] = plus
+    minus[520:531] -= np.float32(2 * EPSILON * 1.5 / lam)
+    minus[525] -= np.float32(1e-3 / lam)
+    return z, plus, minus
+
+
+@pytest.mark.parametrize("lam", [0.5, 1.0, 50.0])
+@pytest.mark.parametrize("guard", [0.0, 0.05])
+def test_greedy_decoding_ends_only_where_the_teacher_would(guard: float, lam: float) -> None:
+    """One candidate is the next float above the end, as the oracle has it; and the end keeps its probability."""
+    z, plus, minus = evened_out(lam)
+    d, end = delta(plus, minus, EPSILON), np.array([7])
+    got, out = core(z, plus, minus, lam, guard, ends=end)
+    expected = adjust(z, d, lam=lam, guard=guard, ends=end)
+    assert got.argmax() == expected.logits.argmax() != 7
+    assert got.max() == np.nextafter(z[7], np.float32(np.inf))
+    assert_same_row(got, expected.logits, z)
+    assert out.kl == pytest.approx(expected.kl, rel=1e-5)
+    assert np.exp(log_softmax(got)[7]) == pytest.approx(np.exp(log_softmax(z)[7]), rel=1e-5)
+    higher = np.append(z, np.float32(10.9))  # the teacher's own, beyond the proxies' vocabulary
+    got, _ = core(higher, plus, minus, lam, guard, ends=end)
+    assert_same_row(got, adjust(higher, d, lam=lam, guard=guard, ends=end).logits, higher)
+    assert got[:-1].max() == z[7]
+
+
+@pytest.mark.parametrize("guard", [0.0, 0.05])
+def test_an_end_that_is_the_teachers_top_is_not_overtaken_by_force(guard: float) -> None:
+    z, plus, minus = evened_out(1.0)
+    d, ends = delta(plus, minus, EPSILON), np.array([5, 7, 5])  # one named twice
+    got, out = core(z, plus, minus, 1.0, guard, ends=ends)
+    expected = adjust(z, d, lam=1.0, guard=guard, ends=ends)
+    assert_same_row(got, expected.logits, z)
+    assert got[[5, 7]].tolist() == [11, 10.75]
+    assert got.argmax() == 5
+    assert out.n_candidates == expected.n_candidates
 
 
 @pytest.mark.parametrize("guard", GUARDS)
@@ -218,6 +273,31 @@ def test_lambda_0_leaves_the_row_to_the_bit(guard: float) -> None:
         got, out = core(z, plus, minus, 0.0, guard)
         assert got.tobytes() == z.tobytes()
         assert out.kl == 0.0
+        assert core(z, plus, minus, 0.0, guard, ends=np.array([3, 999]))[0].tobytes() == z.tobytes()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_end_that_is_no_number_is_refused_and_stays(bad: float) -> None:
+    z, plus, minus = rows("random", 1000, 1000)
+    z[3] = bad
+    with pytest.raises(ProxyError, match="teacher"):
+        core(z, plus, minus, 1.0, 0.05, ends=np.array([3]))
+
+
+def test_the_delta_of_an_end_is_not_asked_for() -> None:
+    z, plus, minus = rows("random", 1000, 1000)
+    z[3], minus[3] = z.max(), -np.inf
+    got, _ = core(z, plus, minus, 1.0, 0.05, ends=np.array([3]))
+    expected = adjust(z, delta(plus, minus, EPSILON), lam=1.0, guard=0.05, ends=np.array([3]))
+    assert_same_row(got, expected.logits, z)
+    z[4] = -np.inf  # nor does a row lose one that is ruled out
+    assert core(z, plus, minus, 1.0, 0.05, ends=np.array([3, 4]))[0][4] == -np.inf
+
+
+@pytest.mark.parametrize("ends", [[-1], [3, 264], [2**31 - 1]])
+def test_ends_that_are_no_tokens_are_named(ends: list[int]) -> None:
+    with pytest.raises(InputError, match=rf"ends: {ends[-1]} is none of the teacher's 264 tokens"):
+        core(*rows("random", 264, 264), 1.0, 0.05, ends=np.array(ends))
 
 
 @pytest.mark.parametrize("place", [3, 5, 998], ids=["plausible", "implausible", "unshared"])

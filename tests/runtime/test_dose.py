@@ -7,12 +7,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from adlocal import AntidistillationLlama, ProxyPair
 from adlocal.adjust import adjust, candidates, delta
+from adlocal.llamacpp import native
+from adlocal.llamacpp.tokens import end_tokens
 from adlocal.traces import Trace, TraceEncoder
 from adlocal_convert.demo.word_problems import word_problems
 
@@ -26,11 +29,13 @@ UNPROTECTED = 1e-6
 def permuted(pair: ProxyPair, logits: Any, strength: float, guard: float) -> list[tuple[float, int]]:
     """`ProxyPair.adjust` with Δ permuted among the candidates: the same shifts, on the wrong tokens."""
     (plus,), (minus,) = pair.rows()
+    proxy = llama_cpp.llama_get_model(native.library().adl_pair_get_context(pair.handle, 1))
+    ends = end_tokens(llama_cpp.llama_model_get_vocab(proxy))  # the teacher's too: one vocabulary
     z = np.ctypeslib.as_array(logits, (pair.n_vocab,))
     dealt = delta(plus, minus, pair.bundle.epsilon)
-    ids = candidates(z, guard)
+    ids = candidates(z, guard, ends=ends)
     dealt[ids] = np.random.default_rng(int(ids.sum())).permutation(dealt[ids])
-    result = adjust(z, dealt, lam=pair.bundle.lam(strength), guard=guard)
+    result = adjust(z, dealt, lam=pair.bundle.lam(strength), guard=guard, ends=ends)
     z[:] = result.logits
     return [(result.kl, result.n_candidates)]
 

@@ -130,10 +130,10 @@ def test_tokens_beyond_the_proxy_keep_the_teachers_logits(guard: float, padded: 
         pair = stack.enter_context(ProxyPair.open(tiny_bundle, n_threads=1))
         llm.eval(TEXT)
         rows, deltas = llm.scores[: len(TEXT)], pair.delta(TEXT)
-        lam = pair.bundle.lam(1.0)
+        lam, ends = pair.bundle.lam(1.0), np.array([tiny.EOS])
         for z, row, delta in zip(plain_rows(padded), rows, deltas, strict=True):
             assert row[tiny.N_VOCAB :].tobytes() == z[tiny.N_VOCAB :].tobytes()
-            np.testing.assert_allclose(row, adjust(z, delta, lam=lam, guard=guard).logits, atol=1e-3)
+            np.testing.assert_allclose(row, adjust(z, delta, lam=lam, guard=guard, ends=ends).logits, atol=1e-3)
             assert np.abs(row - z)[: tiny.N_VOCAB].max() > 0.5
 
 

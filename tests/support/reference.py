@@ -16,6 +16,7 @@ from llama_cpp._internals import LlamaContext, LlamaSampler
 
 from adlocal import AntidistillationLlama, ProxyPair
 from adlocal.adjust import adjust
+from adlocal.llamacpp.tokens import end_tokens
 
 Rows = npt.NDArray[np.float32]
 
@@ -35,9 +36,9 @@ class Reference:
 
     def adjusted(self, tokens: Sequence[int], strength: float, guard: float) -> Rows:
         """The adjusted logits after each prefix of `tokens`."""
-        lam = self.pair.bundle.lam(strength)
+        lam, ends = self.pair.bundle.lam(strength), end_tokens(self.teacher._model.vocab)
         rows = zip(self.plain(tokens), self.pair.delta(tokens), strict=True)
-        return np.stack([adjust(z, delta, lam=lam, guard=guard).logits for z, delta in rows])
+        return np.stack([adjust(z, delta, lam=lam, guard=guard, ends=ends).logits for z, delta in rows])
 
 
 @dataclass

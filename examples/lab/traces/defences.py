@@ -18,6 +18,7 @@ import numpy.typing as npt
 from adlocal import Bundle, ProxyPair
 from adlocal.engine.parallel import ParallelLlama
 from adlocal.engine.sequences import Sampling
+from adlocal.llamacpp.tokens import end_tokens
 from adlocal.settings import Settings
 
 from ..models.pretrained import N_CTX
@@ -52,6 +53,9 @@ class Setting:
         capped: the adjustment at a large strength, shrunk token by token to a KL of `strength` nats.
         entropy: the strength times the entropy of the teacher's row, in nats.
         sparse: the adjustment on a quarter of the tokens, picked at random.
+
+    All that shift candidates keep the candidates' mass and leave the ends alone, as the product does. What the product
+    does where an end would take over under greedy decoding, they do not.
     """
 
     kind: Kind = "plain"
@@ -83,6 +87,7 @@ class Defended(ParallelLlama):
         super().__init__(teacher, **how, bundle=bundle, best_of=best_of, answer=answer)
         self._others = [self._open_pair(Bundle.open(other), self._params, 0) for other in others]
         self._contexts += [context for pair in self._others for context in pair.contexts]
+        self._ends = end_tokens(self.model.vocab)
         self.set(Setting())
 
     def close(self) -> None:
@@ -128,6 +133,7 @@ class Defended(ParallelLlama):
         if setting.kind == "experts":
             plus, minus = self.pair.rows()
             return (1 - setting.strength) * teacher + setting.strength * (plus + minus) / 2
+        inside[:, self._ends] = False
         delta = np.mean([_delta(pair) for pair in (self.pair, *self._others)], axis=0)
         return teacher + shift(setting, teacher, centred(delta, inside), inside, self._rng)
 
@@ -146,22 +152,35 @@ def plausible(teacher: Rows, guard: float) -> Mask:
 
 def centred(delta: Rows, inside: Mask) -> Rows:
     """Δ less its mean over the candidates of each row; 0 elsewhere."""
-    mean = np.sum(delta, axis=1, where=inside, keepdims=True) / inside.sum(axis=1, keepdims=True)
+    n = np.maximum(inside.sum(axis=1, keepdims=True), 1)
+    mean = np.sum(delta, axis=1, where=inside, keepdims=True) / n
     return np.where(inside, delta - mean, 0.0)
 
 
 def shift(setting: Setting, teacher: Rows, delta: Rows, inside: Mask, rng: np.random.Generator) -> Rows:
     """What a kind adds to the teacher's rows, given Δ in units of its scale."""
-    n_rows = len(teacher)
     if setting.kind == "permuted":
-        return setting.strength * permuted(delta, inside, rng)
+        delta = permuted(delta, inside, rng)
     if setting.kind == "entropy":
-        return setting.strength * entropy(teacher) * delta
+        delta = entropy(teacher) * delta
     if setting.kind == "sparse":
-        return setting.strength * delta * (rng.random((n_rows, 1)) < _SPARSE)
+        delta = delta * (rng.random((len(teacher), 1)) < _SPARSE)
     if setting.kind == "capped":
-        return capped(teacher, _CAPPED_FROM * delta, setting.strength)
-    return setting.strength * delta
+        return capped(teacher, _CAPPED_FROM * delta, inside, setting.strength)
+    return kept(teacher, setting.strength * delta, inside)
+
+
+def kept(teacher: Rows, added: Rows, inside: Mask) -> Rows:
+    """`added` on the candidates, and the constant of each row with which they keep their mass; 0 elsewhere."""
+    before, after = (_log_sum(np.where(inside, rows, -np.inf)) for rows in (teacher, teacher + added))
+    return np.where(inside, added + before - after, 0.0)
+
+
+def _log_sum(rows: Rows) -> Rows:
+    """log Σ exp of each row, (rows, 1); NaN of one without a number."""
+    top = np.maximum(rows.max(axis=1, keepdims=True), -1e30)
+    with np.errstate(divide="ignore"):
+        return np.asarray(top + np.log(np.sum(np.exp(rows - top), axis=1, keepdims=True)))
 
 
 def permuted(delta: Rows, inside: Mask, rng: np.random.Generator) -> Rows:
@@ -178,14 +197,23 @@ def entropy(teacher: Rows) -> Rows:
     return np.asarray(-np.sum(np.exp(log_p) * log_p, axis=1, keepdims=True))
 
 
-def capped(teacher: Rows, added: Rows, cap: float) -> Rows:
-    """`added`, times the largest number up to 1 for each row with which KL(adjusted ‖ teacher) is at most `cap`."""
+def capped(teacher: Rows, added: Rows, inside: Mask, cap: float) -> Rows:
+    """`kept`, of `added` times the largest number up to 1 for each row with which KL(adjusted ‖ teacher) is ≤ `cap`.
+
+    Args:
+        teacher, added, inside: (rows, n_vocab).
+        cap: in nats.
+    """
+
+    def spent(factor: Rows) -> Rows:
+        return kl(teacher + kept(teacher, factor * added, inside), teacher)
+
     low, high = np.zeros((len(teacher), 1)), np.ones((len(teacher), 1))
     for _ in range(_HALVINGS):
-        middle = np.where(kl(teacher + high * added, teacher) <= cap, high, (low + high) / 2)
-        fits = kl(teacher + middle * added, teacher) <= cap
+        middle = np.where(spent(high) <= cap, high, (low + high) / 2)
+        fits = spent(middle) <= cap
         low, high = np.where(fits, middle, low), np.where(fits, high, middle)
-    return low * added
+    return kept(teacher, low * added, inside)
 
 
 def kl(ours: Rows, theirs: Rows) -> Rows:
