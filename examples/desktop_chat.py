@@ -299,8 +299,8 @@ class ChatWindow:
 
     def on_token(self, dose: Dose, speed: float) -> None:
         """A token was sampled; `dose` is that of the answer so far."""
-        if dose.total is not None:  # as it is at strength 0, where the proxies do not run
-            self.plot.curves[-1][1].append(dose.total)
+        if dose.strength > 0:  # at 0 the proxies do not run
+            self.plot.curves[-1][1].append(dose.total or 0.0)
         self._read(dose)
         if self.state == "answering":
             self.status.set(f"{dose.n_tokens} tokens, {speed:.1f} a second")

@@ -60,10 +60,12 @@ def statistics(llm: llama_cpp.Llama, seconds: float) -> dict[str, Any]:
 def describe(report: dict[str, Any]) -> str:
     """The statistics as one line."""
     speed = f"{report['tokens']} tokens, {report['tokens_per_second']:.1f} a second"
-    if report.get("dose") is None:
+    if not report["protected"]:
         return f"unprotected: {speed}"
+    nothing = report["dose"] is None
+    dose = "nothing to steer" if nothing else f"dose {report['dose']:+.1f}, mean Δ {report['mean_delta']:+.3f}"
     return (
-        f"dose {report['dose']:+.1f}, mean Δ {report['mean_delta']:+.3f}, KL {report['mean_kl']:.3f} nats a token, "
+        f"{dose}, KL {report['mean_kl']:.3f} nats a token, "
         f"{report['steerable']} of {speed} (strength {report['strength']:g}, guard {report['guard']:g})"
     )
 

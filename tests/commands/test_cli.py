@@ -264,6 +264,13 @@ def test_generate_tells_its_statistics(generate: Callable[..., Done], tiny_bundl
     assert plain.err.endswith("(strength 2, guard 0.1)\n")
 
 
+def test_text_with_nothing_to_steer_is_not_called_unprotected(generate: Callable[..., Done], tiny_bundle: Path) -> None:
+    done = generate("-p", "1 +", "--bundle", tiny_bundle, "--guard", 1, "--temp", 0)
+    assert done.status == 0, done.err
+    assert "nothing to steer, KL 0.000" in done.err
+    assert "unprotected" not in done.err
+
+
 def test_generate_at_strength_0_is_the_teacher(generate: Callable[..., Done], tiny_bundle: Path) -> None:
     argv = ["-p", "1 + 1 =", "-n", "12", "-s", "3"]
     plain, zero = generate(*argv, "--unprotected"), generate(*argv, "--bundle", tiny_bundle, "--strength", "0")
