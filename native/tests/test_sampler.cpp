@@ -198,22 +198,6 @@ TEST(ends_stay_the_teachers) {
     }
 }
 
-TEST(greedy_decoding_ends_only_where_the_teacher_would) {
-    install();
-    Fixture f;
-    f.prefix({5, 6, 7});
-    Candidates given({5, 6, 7});
-    for (llama_token_data & d : given.data) {
-        d.logit = d.id == EOT ? 3.0f : d.id == 50 ? 3.125f : d.id < N_PROXY ? 2.0f : -9.0f;
-    }
-    given.shuffle(4);
-    given.apply(f.smpl);
-    CHECK_EQ(given.logit(EOT), 3.0f);
-    given.sort_and_keep(given.data.size());
-    CHECK(given.data[0].id != EOT);
-    CHECK(given.data[0].logit > 3.0f);
-}
-
 // What one application knew of the ends is not the next one's.
 TEST(ends_lie_elsewhere_the_next_time) {
     install();
