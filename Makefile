@@ -45,7 +45,7 @@ fidelity: setup  ## Print the fidelity of every family, type and format (2 minut
 qualities: setup  ## Print size, fidelity and cost of every quality and format on SmolLM2 (15 minutes)
 	@PYTHONPATH=tests $(BIN)/python -m bench.quality_table
 
-ends-table: setup  ## Print what the treatment of end-of-generation tokens does on SmolLM2 (15 to 30 minutes)
+ends-table: setup  ## Print what the treatment of end-of-generation tokens does on SmolLM2 (20 minutes)
 	@PYTHONPATH=tests $(BIN)/python -m bench.ends_table
 
 bench-gradient: setup  ## Print time and memory of the gradient beside a bare loop of transformers (10 minutes)

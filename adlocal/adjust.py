@@ -10,7 +10,8 @@ so at temperature 1 every end, and every token that the guard leaves out, keeps 
 Greedy decoding ends only where the teacher's own would. Where some other token is above every end, and none is any more
 after the shift, the largest candidate is set to the next float32 above the largest end, and the others are lowered by
 one constant to pay for it. The mass is still kept, and no distribution that keeps it and does this is closer. It takes
-an end that is plausible itself, and a shift that evens out a row.
+an end that is plausible itself, and a shift that evens out a row. The other way round nothing is done: where an end is
+the teacher's top, a candidate that gathers the others' mass may pass it, and greedy decoding goes on.
 
 arXiv 2504.13146, equation 7, in logit space: the paper's `log p_T / τ + λ_paper Δ` with λ = τ · λ_paper · ‖g‖, because
 the paper's form loses the term as τ goes to 0 and leaves greedy decoding unprotected.

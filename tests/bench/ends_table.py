@@ -113,8 +113,8 @@ def main() -> int:
     parser.add_argument(
         "--bundle", type=Path, metavar="DIR", help="default: one is made from 96 of the demo's problems"
     )
-    parser.add_argument("--prompts", type=int, default=32, metavar="N")
-    parser.add_argument("-n", "--n-predict", type=int, default=96, metavar="N")
+    parser.add_argument("--prompts", type=int, default=16, metavar="N")
+    parser.add_argument("-n", "--n-predict", type=int, default=32, metavar="N")
     parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 3.0, 10.0], metavar="NATS")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T")
     args = parser.parse_args()

@@ -145,6 +145,25 @@ def test_the_curve_is_the_oracles(strength: float, ends: list[int], guard: float
     assert point.dose == pytest.approx(np.mean(doses), rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_curve_leads_a_candidate_above_an_end_as_the_oracle_does(temperature: float) -> None:
+    """Two rows that a strength of 1 evens out, of which one has an end that would take over; KL and dose to 1e-6."""
+    z = np.array([[0.0, *[-2.0] * 11, end] for end in (-0.3, -4.0)], np.float32)
+    plus, minus = np.array([-2.0, 0.01, *[0.0] * 11], np.float32), np.zeros(13, np.float32)
+    curve, ends = Curve(1.0, temperature, 0.05, n_vocab=13, n_rows=2, ends=np.array([12])), np.array([12])
+    kls, doses = [], []
+    for row in z:
+        curve.add(row, plus, minus, 0.5)
+        adjusted = adjust.adjust(row, plus, lam=1.0, guard=0.05, ends=ends)
+        kls.append(adjusted.kl)
+        q = np.exp(log_softmax(adjusted.logits / temperature))
+        doses.append(q @ plus - adjust.expectation(plus, minus, plus))
+    assert adjusted.logits.argmax() == 1
+    point = curve.at(1.0, 0.05)
+    assert point.kl == pytest.approx(np.mean(kls), abs=1e-6)
+    assert point.dose == pytest.approx(np.mean(doses), abs=1e-6)
+
+
 def test_the_greedy_curve_takes_the_best_candidate() -> None:
     z = np.array([2.0, 1.9, -9.0], np.float32)
     plus, minus = np.array([0.0, 1.0, 5.0], np.float32), np.zeros(3, np.float32)
