@@ -634,7 +634,7 @@ def compare_on_the_real_model(model: Path, bundle: Path) -> None:
     kwargs = {**KWARGS, "n_ctx": 512, "n_threads": 2, "n_threads_batch": 2}
     with (
         closing(llama_cpp.Llama(str(model), **kwargs)) as teacher,
-        closing(AntidistillationLlama(str(model), bundle=bundle, strength=8.0, **kwargs)) as llm,
+        closing(AntidistillationLlama(str(model), bundle=bundle, strength=8.0, full=True, **kwargs)) as llm,
         ProxyPair.open(bundle, teacher=teacher._model, n_ctx=512, n_outputs=1, n_threads=2) as pair,
     ):
         for seed, problem in enumerate(word_problems(20, seed=1)):

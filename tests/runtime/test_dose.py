@@ -14,6 +14,7 @@ import pytest
 
 from adlocal import AntidistillationLlama, ProxyPair
 from adlocal.adjust import adjust, candidates, delta
+from adlocal.engine.lockstep import LockstepContext
 from adlocal.llamacpp import native
 from adlocal.llamacpp.tokens import end_tokens
 from adlocal.traces import Trace, TraceEncoder
@@ -40,13 +41,28 @@ def permuted(pair: ProxyPair, logits: Any, strength: float, guard: float) -> lis
     return [(result.kl, result.n_candidates)]
 
 
+DECODE = LockstepContext.decode
+
+
+def decode_and_permute(self: LockstepContext, batch: Any) -> None:
+    """The step with next to no strength, which evaluates the pair; then the row is adjusted with permuted Δ."""
+    settings = self.settings
+    try:
+        self.settings = settings.but(strength=UNPROTECTED)
+        DECODE(self, batch)
+    finally:
+        self.settings = settings
+    self.evaluated_with = self.in_force
+    permuted(self._pair, self._teacher.get_logits(), settings.strength, settings.guard)
+
+
 def test_protected_text_carries_more_dose_and_permuted_delta_does_not(
     smollm2: Path, smollm2_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     greedy: dict[str, Any] = {"temp": 0.0}
     doses: dict[str, list[float]] = {}
     with closing(
-        AntidistillationLlama(str(smollm2), bundle=smollm2_bundle, n_ctx=512, n_threads=2, verbose=False)
+        AntidistillationLlama(str(smollm2), bundle=smollm2_bundle, n_ctx=512, n_threads=2, full=True, verbose=False)
     ) as llm:
         encoder = TraceEncoder(llm._model)
         for i, problem in enumerate(word_problems(N_PROMPTS, seed=2)):
@@ -63,7 +79,7 @@ def test_protected_text_carries_more_dose_and_permuted_delta_does_not(
             dose("sampled plain", UNPROTECTED, temp=1.0)
             dose("sampled protected", STRENGTH, temp=1.0)
             with monkeypatch.context() as patch:
-                patch.setattr(ProxyPair, "adjust", permuted)
+                patch.setattr(LockstepContext, "decode", decode_and_permute)
                 dose("greedy permuted", STRENGTH, **greedy)
                 dose("sampled permuted", STRENGTH, temp=1.0)
     for way in ("greedy", "sampled"):
