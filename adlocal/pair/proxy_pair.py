@@ -15,14 +15,12 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from llama_cpp._internals import LlamaBatch, LlamaModel
-from llama_cpp._logger import set_verbose
 
 from ..bundle import ADAPTER, Bundle
 from ..errors import InputError, ProxyError
 from ..llamacpp import native
-from ..llamacpp.log import captured_log, last_line
-from ..llamacpp.model import offloaded
 from .analysis import Rows, TextAnalysis
+from .loading import load_files
 from .parameters import context_params
 from .state import PairState, get_state, set_state
 
@@ -137,19 +135,8 @@ class ProxyPair(TextAnalysis):
             bundle: which the files are of, for states that are saved.
             params, n_gpu_layers, teacher, verbose: as in `open`.
         """
-        set_verbose(verbose)
-        model_params = llama_cpp.llama_model_default_params()
-        model_params.n_gpu_layers = offloaded(n_gpu_layers)
-        pair_params = native.PairParams(model_params, params, 0, own_epsilon or 0.0)
-        lib = native.library()
-        init = lib.adl_pair_init_from_adapter if format == ADAPTER else lib.adl_pair_init_from_files
-        files = os.fsencode(first), os.fsencode(second)
-        with captured_log() as log:
-            table, model = native.llama_table(lib), teacher and ctypes.cast(teacher.model, ctypes.c_void_p)
-            handle = init(ctypes.byref(table), *files, epsilon, delta_scale, model, pair_params)
-        if handle is None:
-            error = native.error()
-            raise type(error)(f"{error} ({last_line(log)})" if log else str(error))
+        files, scales = (first, second), (epsilon, delta_scale)
+        handle = load_files(files, format == ADAPTER, scales, own_epsilon, params, n_gpu_layers, teacher, verbose)
         return cls(handle, params.n_batch, params.n_outputs_max, bundle)
 
     def close(self) -> None:
