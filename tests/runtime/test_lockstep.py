@@ -146,6 +146,7 @@ def test_a_teacher_that_fails_leaves_nothing_to_sample(llm: AntidistillationLlam
             llm.eval([65])
         with pytest.raises(ProxyError, match="evaluate a token first"):
             llm.sample()
+    assert len(llm._lockstep.tokens) == llm.n_tokens
     assert greedy(llm) == expected
 
 
