@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .engine.lockstep import AdjustedRow
+from .engine.llama_context import AdjustedRow
 
 
 @dataclass

@@ -15,7 +15,8 @@ from llama_cpp.llama_chat_format import Llava15ChatHandler, MTMDChatHandler
 
 from .bundle import Bundle
 from .dose import Dose
-from .engine.lockstep import LockstepContext
+from .engine import prefix
+from .engine.llama_context import LockstepContext
 from .errors import InputError, ModelError
 from .llamacpp.gguf import GGUFHeader
 from .llamacpp.model import refusals
@@ -41,10 +42,13 @@ class _Proxies:
 class ProtectedState(LlamaState):
     """What `AntidistillationLlama.save_state` returns: the teacher's state, the pair's, and how rows were adjusted."""
 
-    def __init__(self, teacher: LlamaState, pair: PairState, evaluated_with: tuple[Settings, float]) -> None:
+    def __init__(
+        self, teacher: LlamaState, pair: PairState, evaluated_with: tuple[Settings, float], canonical: int
+    ) -> None:
         self.__dict__.update(teacher.__dict__)
         self.pair = pair
         self.evaluated_with = evaluated_with
+        self.canonical = canonical
 
 
 class AntidistillationLlama(SafeLlama):
@@ -102,6 +106,7 @@ class AntidistillationLlama(SafeLlama):
         )
         # A draft needs a row of scores for every position, not only for the last n_batch.
         kwargs["logits_all"] = kwargs.get("logits_all", False) or kwargs.get("draft_model") is not None
+        self._has_sampled = False
         self._load_teacher(model_path, kwargs)
         self.last_dose = Dose(settings.strength, settings.guard)
         try:
@@ -190,11 +195,38 @@ class AntidistillationLlama(SafeLlama):
     def _generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         settings = self._lockstep.settings
         self.last_dose = Dose(settings.strength, settings.guard)
+        self._has_sampled = False
         if self._lockstep.in_force != self._lockstep.evaluated_with:
             self._forget_rows(keep_context=not kwargs.get("reset", True))
         elif not self._lockstep.rows:  # after a failure: the prompt may be cached, but nothing to sample from
             self._requires_eval = True
+        if settings.protects and kwargs.get("reset", True):
+            self._keep_reusable(tokens)
         yield from self._in_turn(tokens, *args, **kwargs)
+
+    def _keep_reusable(self, prompt: Sequence[int]) -> None:
+        """Leaves no more of the context than what gives the prompt the rows that a fresh one would."""
+        held = self._input_ids.tolist()
+        if held == list(prompt) and not self._requires_eval:
+            return  # the row to sample from is there
+        self.n_tokens = min(self.n_tokens, max(prefix.reusable(held, self._lockstep.canonical, prompt), 0))
+        self._requires_eval = True
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """`llama_cpp.Llama.eval`; under protection the last token of a prompt is decoded by itself, see `engine.prefix`."""
+        with self._locked():
+            verifies = self.draft_model is not None and self._has_sampled
+            if len(tokens) < 2 or verifies or not self._lockstep.settings.protects:
+                super().eval(tokens)
+                return
+            done = 0
+            for size in prefix.cuts(self.n_tokens, len(tokens), self.n_batch):
+                self._lockstep.wants_rows = self._logits_all or done + size == len(tokens)
+                try:
+                    super().eval(tokens[done : done + size])
+                finally:
+                    self._lockstep.wants_rows = True
+                done += size
 
     def _forget_rows(self, keep_context: bool) -> None:
         """Rows adjusted with other settings must be neither sampled nor reported."""
@@ -215,6 +247,7 @@ class AntidistillationLlama(SafeLlama):
                 self._refresh()
             row = self._lockstep.row(self.n_tokens - 1 if idx is None else idx)
             token = super().sample(*args, idx=idx, **kwargs)
+            self._has_sampled = True
             self.last_dose.add(row, self._lockstep.dose(row, token))
             return token
 
@@ -236,7 +269,8 @@ class AntidistillationLlama(SafeLlama):
     def save_state(self) -> ProtectedState:
         """Copy of the teacher's and the pair's state, for `load_state`."""
         with self._locked():
-            return ProtectedState(super().save_state(), self._lockstep.pair_state(), self._lockstep.evaluated_with)
+            step = self._lockstep
+            return ProtectedState(super().save_state(), step.pair_state(), step.evaluated_with, step.canonical)
 
     def load_state(self, state: LlamaState) -> None:
         """Restores a saved state. Rows of scores that were adjusted otherwise, or never, are evaluated again."""
@@ -249,9 +283,9 @@ class AntidistillationLlama(SafeLlama):
             super().load_state(state)
             protected = state if isinstance(state, ProtectedState) else None
             if protected is None:
-                self._lockstep.restored(tokens, None, None)
+                self._lockstep.restored(tokens, None, None, 0)
             else:
-                self._lockstep.restored(tokens, protected.pair, protected.evaluated_with)
+                self._lockstep.restored(tokens, protected.pair, protected.evaluated_with, protected.canonical)
 
     def __getstate__(self) -> dict[str, Any]:
         with self._locked():

@@ -1,181 +1,143 @@
-"""The teacher's context as `llama_cpp.Llama` uses it: every decode is a protected step of the native core.
-
-Everything that `Llama` samples from, reports as log-probabilities or verifies drafts against comes out of
-`LlamaContext.decode`. Adjusting there leaves no later way around it.
-"""
+"""The native core's lockstep: the protected step of a teacher's context and a pair, row by row."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 import weakref
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
-import llama_cpp
-from llama_cpp._internals import LlamaBatch, LlamaContext
+import numpy as np
 
-from ..errors import ProxyError
 from ..llamacpp import native
-from ..pair import PairState, ProxyPair
+from ..pair import ProxyPair, Rows
 from ..settings import Settings
 
 
-@dataclass(frozen=True)
-class AdjustedRow:
-    """One row of the last decode: its place in it, KL, and how many tokens passed the guard."""
+class DecodeError(RuntimeError):
+    """The teacher's `llama_decode` failed, with this code."""
 
-    index: int
-    kl: float
-    n_candidates: int
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
-class LockstepContext:
-    """Stands in for a Llama's `_ctx`. Offers what `Llama` asks of a `LlamaContext`, and nothing else.
+class Lockstep:
+    """`struct adl_lockstep`, which native/include/adlocal.h describes. The teacher's memory is changed through it alone.
 
-    Attributes:
-        settings: of the next decode.
-        tokens: ids in the teacher's memory, in order.
-        rows: the last decode's rows, empty when none may be sampled from.
-        evaluated_with: the settings that gave `rows`, and the pair's ε at that time.
+    Args:
+        teacher: llama.cpp's context of the teacher, empty.
+        pair: made for the teacher's model; its memory is cleared. Both have to outlive the lockstep.
     """
 
-    # Reads that no adjustment depends on.
-    _DELEGATED = frozenset({"ctx", "model", "params", "n_ctx", "pooling_type", "reset_timings", "print_timings"})
-
-    def __init__(self, teacher: LlamaContext, pair: ProxyPair, settings: Settings, *, full: bool = False) -> None:
-        """Takes an empty teacher's context; the pair's memory is cleared. `full` evaluates the pair for every row."""
-        self._teacher, self._pair, self._lib = teacher, pair, native.library()
-        params = native.LockstepParams(ctypes.sizeof(native.LockstepParams), full)
-        handle = self._lib.adl_lockstep_init(pair.handle, teacher.ctx, params)
+    def __init__(self, teacher: int, pair: ProxyPair) -> None:
+        self._lib, self._pair = native.library(), pair
+        handle = self._lib.adl_lockstep_init(pair.handle, teacher, self._lib.adl_lockstep_default_params())
         if handle is None:
             raise native.error()
         self._handle = handle
         weakref.finalize(self, self._lib.adl_lockstep_free, handle)
-        self.settings = settings
-        self.evaluated_with = self.in_force
-        self.tokens: list[int] = []
-        self.rows: list[AdjustedRow] = []
-        self._is_restored = False
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in self._DELEGATED:
-            raise AttributeError(
-                f"LockstepContext keeps {name!r} from callers: it would part the teacher from its pair"
-            )
-        return getattr(self._teacher, name)
+    def decode(self, batch: Any, rows: Sequence[native.RowParams]) -> Sequence[native.RowResult]:
+        """The teacher's `llama_decode` of a `llama_batch`, and the pair's where a row has a choice; adjusts rows in place.
 
-    @property
-    def in_force(self) -> tuple[Settings, float]:
-        """All that an adjustment depends on besides the logits: the settings, and the pair's ε."""
-        return self.settings, self._pair.epsilon
+        Args:
+            batch: tokens with positions, sequences and output flags.
+            rows: an entry for each row that it asks for.
 
-    def decode(self, batch: LlamaBatch) -> None:
-        """Evaluates a batch in the teacher, and in the pair where a row has a choice; then adjusts rows in place.
-
-        Whatever fails, no row is left to sample from, and the pair makes up for what it missed when it is next needed.
+        Returns:
+            what became of each row. One that is `closed` must not be sampled from: `native.error()` says why.
 
         Raises:
-            ProxyError: a proxy failed, or the teacher was evaluated around adlocal.
-            RuntimeError: the teacher's `llama_decode` failed, as in llama-cpp-python.
+            DecodeError: the teacher's `llama_decode` failed. No row may be sampled from.
+            AdlocalError: nor may any be after another error.
         """
-        self.rows, self._is_restored = [], False
-        raw = batch.batch
-        if (start := int(raw.pos[0])) > len(self.tokens):
-            raise ProxyError(
-                f"position {start} follows {len(self.tokens)} known tokens: something evaluated the teacher around "
-                "adlocal (multimodal input does); call reset()"
-            )
-        n = sum(map(bool, raw.logits[: raw.n_tokens]))
-        mode = native.MODE_PROTECT if self.settings.protects else native.MODE_OFF
-        row = native.RowParams(self.settings.strength, self.settings.guard, mode, False)
-        results = (native.RowResult * n)()
-        status = self._lib.adl_lockstep_decode(self._handle, raw, (native.RowParams * n)(*[row] * n), n, results)
-        self._note(start, raw.token[: raw.n_tokens])
+        params, results = self._arrays(rows)
+        status = self._lib.adl_lockstep_decode(self._handle, batch, params, len(rows), results)
         if status > 0 or status == native.ERROR_DECODE:
-            raise RuntimeError(f"llama_decode returned {status}" if status > 0 else self._lib.adl_last_error().decode())
-        native.check(status)
-        self.rows = [AdjustedRow(i, each.kl, each.n_candidates) for i, each in enumerate(results)]
-        self.evaluated_with = self.in_force
+            raise DecodeError(status, f"llama_decode returned {status}" if status > 0 else native.last_words())
+        return _checked(status, results)
 
-    def _note(self, start: int, tokens: list[int]) -> None:
-        """The teacher's memory after a decode that may have failed: what it holds of these tokens."""
-        memory = llama_cpp.llama_get_memory(self._teacher.ctx)
-        n_held = llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1
-        self.tokens[start:] = tokens
-        del self.tokens[n_held:]
+    def begin(self, batch: Any, rows: Sequence[native.RowParams]) -> None:
+        """The first half of `decode`, where another lockstep has the teacher decode; `end` is the second."""
+        params, self._results = self._arrays(rows)
+        native.check(self._lib.adl_lockstep_begin(self._handle, batch, params, len(rows)))
+
+    def end(self, status: int) -> Sequence[native.RowResult]:
+        """The second half; `status` is what the teacher's `llama_decode` returned."""
+        return _checked(self._lib.adl_lockstep_end(self._handle, status, self._results), self._results)
+
+    def _arrays(self, rows: Sequence[native.RowParams]) -> tuple[Any, Any]:
+        return (native.RowParams * len(rows))(*rows), (native.RowResult * len(rows))()
+
+    def dose(self, row: int, token: int) -> float | None:
+        """Δ(token) − E[Δ] for a row of the last step; None where Δ was not computed: there was nothing to steer."""
+        dose = float(self._lib.adl_lockstep_dose(self._handle, row, token))
+        return None if math.isnan(dose) else dose
+
+    def doses(self, seq_id: int, position: int, tokens: Sequence[int]) -> list[float]:
+        """Doses of all `tokens` that a sequence has from a position on, the last of which need not be decoded yet.
+
+        The pair evaluates them afresh, in as few batches as its rows allow. The step's rows are gone after it.
+
+        Raises:
+            ProxyError: a proxy failed.
+        """
+        n = len(tokens)
+        ids, doses = (ctypes.c_int32 * n)(*tokens), (ctypes.c_double * n)()
+        native.check(self._lib.adl_lockstep_doses(self._handle, seq_id, position, ids, n, doses))
+        return list(doses)
+
+    def proxies(self, n_rows: int) -> tuple[Rows, Rows]:
+        """(z₊, z₋) of the last step's rows, each (n_rows, n_vocab). The pair was evaluated for all of them."""
+        shape = (self._pair.n_vocab,)
+        plus, minus = (
+            np.stack(
+                [
+                    np.ctypeslib.as_array(self._lib.adl_lockstep_get_logits(self._handle, row, sign), shape)
+                    for row in range(n_rows)
+                ]
+            )
+            for sign in (native.PLUS, native.MINUS)
+        )
+        return plus, minus
 
     def stats(self) -> dict[str, int]:
         """Rows, rows with a choice, rows whose Δ was computed, batches of the pair and tokens in them, so far."""
         stats = self._lib.adl_lockstep_get_stats(self._handle)
         return {field[0]: int(getattr(stats, field[0])) for field in native.LockstepStats._fields_}
 
-    def get_logits(self) -> Any:
-        """The adjusted rows of the last decode, as `llama_get_logits`."""
-        self.require_rows()
-        return self._teacher.get_logits()
-
-    def require_rows(self) -> None:
-        """Refuses to go on unless the logits at hand were adjusted with the present settings."""
-        if not self.rows or self.evaluated_with != self.in_force:
-            raise ProxyError("no logits were evaluated with the present strength and guard; evaluate a token first")
-
-    def row(self, position: int) -> AdjustedRow:
-        """The adjusted row that the token after `position` is sampled from."""
-        self.require_rows()
-        back = len(self.tokens) - position
-        if not 0 < back <= len(self.rows):
-            raise ProxyError(
-                f"no logits for position {position} of {len(self.tokens)}; evaluate it with logits_all=True"
-            )
-        return self.rows[-back]
-
-    def dose(self, row: AdjustedRow, token: int) -> float | None:
-        """Δ(token) − E[Δ] for a row of the last decode; None where Δ was not computed: there was nothing to steer."""
-        dose = float(self._lib.adl_lockstep_dose(self._handle, row.index, token))
-        return None if math.isnan(dose) else dose
-
-    def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
-        """Forgets the positions from p0 on, in teacher and pair."""
-        if p1 >= 0:
-            raise ProxyError(f"removing positions {p0} to {p1} would shift the context; protection needs it whole")
-        removed = bool(self._lib.adl_lockstep_memory_seq_rm(self._handle, seq_id, p0, p1))
-        if removed and max(p0, 0) < len(self.tokens):  # Llama asks before every batch, mostly for nothing
-            del self.tokens[max(p0, 0) :]
-            self.rows = []
-        return removed
-
-    def kv_cache_clear(self) -> None:
+    def clear(self) -> None:
         """Empties the teacher's memory and the pair's."""
         self._lib.adl_lockstep_memory_clear(self._handle)
-        self.tokens, self.rows, self._is_restored = [], [], False
 
-    @property
-    def n_held(self) -> int:
-        """How many of the tokens the pair holds; the others wait until a row of theirs has a choice."""
-        return int(self._lib.adl_lockstep_n_held(self._handle, 0))
+    def seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
+        """`llama_memory_seq_rm` of teacher and pair; False where the teacher's memory cannot forget a part."""
+        return bool(self._lib.adl_lockstep_memory_seq_rm(self._handle, seq_id, p0, p1))
 
-    def pair_state(self) -> PairState:
-        """The pair's memory as it is."""
-        return self._pair.save_state(self.tokens[: self.n_held])
+    def seq_cp(self, source: int, target: int, p0: int, p1: int) -> None:
+        """`llama_memory_seq_cp` of teacher and pair."""
+        native.check(self._lib.adl_lockstep_memory_seq_cp(self._handle, source, target, p0, p1))
 
-    def restored(
-        self, tokens: list[int], pair: PairState | None, evaluated_with: tuple[Settings, float] | None
-    ) -> None:
-        """Says that the teacher's memory was replaced and now holds `tokens`; no row may be sampled until a decode.
+    def n_held(self, seq_id: int) -> int:
+        """How many of a sequence's tokens the pair holds; the others wait until a row of theirs has a choice."""
+        return int(self._lib.adl_lockstep_n_held(self._handle, seq_id))
 
-        Args:
-            tokens: what it holds.
-            pair: the pair's memory of that time, to be restored; None where there was none.
-            evaluated_with: how the rows were adjusted that belonged to it; None where they never were.
-        """
-        n_held = 0 if pair is None else self._pair.load_state(pair)
+    def restore(self, seq_id: int, tokens: Sequence[int], n_held: int) -> None:
+        """Says that the teacher's sequence was replaced by these tokens, of which the pair holds the first `n_held`."""
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
-        native.check(self._lib.adl_lockstep_restore(self._handle, 0, ids, len(tokens), n_held))
-        self.tokens, self.rows = list(tokens), []
-        self._is_restored = bool(tokens) and evaluated_with is not None
-        self.evaluated_with = evaluated_with or self.evaluated_with
+        native.check(self._lib.adl_lockstep_restore(self._handle, seq_id, ids, len(tokens), n_held))
 
-    def lacks_its_row(self) -> bool:
-        """Whether a state was restored whose last row is the one to sample from, but states hold no rows."""
-        return self._is_restored and self.evaluated_with == self.in_force
+
+def _checked(status: int, results: Any) -> Sequence[native.RowResult]:
+    """The results, if the failure is one of rows: those are closed, and the others may be sampled from."""
+    if status < 0 and not any(each.closed for each in results):
+        raise native.error()
+    return cast(Sequence[native.RowResult], results)
+
+
+def row_params(settings: Settings, *, full: bool = False) -> native.RowParams:
+    """What becomes of a row under these settings; `full` evaluates the pair even where the teacher has no choice."""
+    mode = native.MODE_PROTECT if settings.protects else native.MODE_OFF
+    return native.RowParams(settings.strength, settings.guard, mode, full)

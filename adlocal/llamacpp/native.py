@@ -150,16 +150,21 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
             *(ctypes.POINTER(_i32), ctypes.c_size_t, _f64, _f64, _f64, ctypes.POINTER(RowStruct)),
         ),
     ),
+    "adl_lockstep_default_params": (LockstepParams, ()),
     "adl_lockstep_init": (_p, (_p, _p, LockstepParams)),
     "adl_lockstep_free": (None, (_p,)),
     "adl_lockstep_decode": (
         _i32,
         (_p, _batch, ctypes.POINTER(RowParams), _i32, ctypes.POINTER(RowResult)),
     ),
+    "adl_lockstep_begin": (_i32, (_p, _batch, ctypes.POINTER(RowParams), _i32)),
+    "adl_lockstep_end": (_i32, (_p, _i32, ctypes.POINTER(RowResult))),
+    "adl_lockstep_doses": (_i32, (_p, _i32, _i32, ctypes.POINTER(_i32), ctypes.c_size_t, ctypes.POINTER(_f64))),
     "adl_lockstep_dose": (_f64, (_p, _i32, _i32)),
     "adl_lockstep_get_stats": (LockstepStats, (_p,)),
     "adl_lockstep_memory_clear": (None, (_p,)),
     "adl_lockstep_memory_seq_rm": (_bool, (_p, _i32, _i32, _i32)),
+    "adl_lockstep_memory_seq_cp": (_i32, (_p, _i32, _i32, _i32, _i32)),
     "adl_lockstep_n_held": (ctypes.c_size_t, (_p, _i32)),
     "adl_lockstep_restore": (_i32, (_p, _i32, ctypes.POINTER(_i32), ctypes.c_size_t, ctypes.c_size_t)),
     "adl_sampler_init": (_p, (_p, _f64, _f64)),
@@ -234,8 +239,12 @@ def address_of(function: str) -> int | None:
 
 def error() -> AdlocalError:
     """What went wrong in this thread's last failed call."""
-    lib = library()
-    return _ERRORS[lib.adl_last_status()](lib.adl_last_error().decode("utf-8", errors="replace"))
+    return _ERRORS[library().adl_last_status()](last_words())
+
+
+def last_words() -> str:
+    """The same in words."""
+    return str(library().adl_last_error().decode("utf-8", errors="replace"))
 
 
 def check(status: int) -> int:

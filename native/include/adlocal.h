@@ -373,6 +373,14 @@ ADL_NODISCARD ADL_API int32_t adl_lockstep_decode(
 // Δ(token) − E[Δ] of a token for a row of the last step; as adl_pair_dose. NaN for a row whose Δ was not computed.
 ADL_API double adl_lockstep_dose(const struct adl_lockstep * lockstep, int32_t row, llama_token token);
 
+// Doses of all tokens that a sequence has from position `pos` on, into `doses` (n_tokens). All but the last have to be
+// decoded; a token comes before them. The pair evaluates them afresh, in batches of as many rows as it was made for:
+// for a trace that is finished, that is one prefill. The last step's rows have no doses after it.
+// Returns ADL_OK, ADL_ERROR_INPUT or ADL_ERROR_PROXY.
+ADL_NODISCARD ADL_API int32_t adl_lockstep_doses(
+        struct adl_lockstep * lockstep, llama_seq_id seq_id, llama_pos pos, const llama_token * tokens, size_t n_tokens,
+        double * doses);
+
 ADL_API struct adl_lockstep_stats adl_lockstep_get_stats(const struct adl_lockstep * lockstep);
 
 // The memory operations of llama.h, on the teacher and, where it holds those tokens, on the pair.

@@ -37,10 +37,26 @@ void check_params(const adl_row_params & params) {
     adl::check_strength(params.strength, params.guard);
 }
 
+void check_dose(double dose) {
+    if (!std::isfinite(dose)) {
+        throw Error{ADL_ERROR_PROXY, format("a token's dose is %g: the proxies' logits are not numbers; no text is emitted", dose)};
+    }
+}
+
 // The first of the cells whose position is at least `pos`.
 size_t at_position(const std::vector<Cell> & cells, llama_pos pos) {
     const auto found = std::lower_bound(cells.begin(), cells.end(), pos, [](const Cell & cell, llama_pos p) { return cell.pos < p; });
     return static_cast<size_t>(found - cells.begin());
+}
+
+// The end of the prompt among the cells from `first` to `last`: the first one that the teacher decoded by itself after one
+// that it did not.
+size_t end_of_prompt(const std::vector<Cell> & cells, size_t first, size_t last) {
+    size_t end = first;
+    for (size_t i = first; i < last; ++i) {
+        end = cells[i].in_company ? i + 1 : end;
+    }
+    return end;
 }
 
 } // namespace
@@ -97,7 +113,7 @@ void adl_lockstep::resolve(const llama_batch & batch) {
     step_.clear();
     std::map<llama_seq_id, llama_pos> next;
     for (int32_t i = 0; i < batch.n_tokens; ++i) {
-        Entry entry = {batch.token[i], 0, {0}, batch.logits ? batch.logits[i] != 0 : i == batch.n_tokens - 1};
+        Entry entry = {batch.token[i], 0, {0}, batch.logits ? batch.logits[i] != 0 : i == batch.n_tokens - 1, false};
         if (batch.seq_id != nullptr) {
             const int32_t n = batch.n_seq_id ? batch.n_seq_id[i] : 1;
             entry.seq_ids.assign(batch.seq_id[i], batch.seq_id[i] + n);
@@ -109,6 +125,18 @@ void adl_lockstep::resolve(const llama_batch & batch) {
         entry.pos        = batch.pos ? batch.pos[i] : known->second;
         known->second    = entry.pos + 1;
         step_.push_back(std::move(entry));
+    }
+    note_company();
+}
+
+// Which tokens are not alone of their sequence.
+void adl_lockstep::note_company() {
+    std::map<llama_seq_id, int> count;
+    for (const Entry & entry : step_) {
+        ++count[entry.seq_ids[0]];
+    }
+    for (Entry & entry : step_) {
+        entry.in_company = count[entry.seq_ids[0]] > 1;
     }
 }
 
@@ -172,7 +200,7 @@ void adl_lockstep::end(int32_t status) {
 void adl_lockstep::commit() noexcept {
     for (const Entry & entry : step_) {
         for (const llama_seq_id seq_id : entry.seq_ids) {
-            sequence(seq_id).cells.push_back({entry.pos, entry.token});
+            sequence(seq_id).cells.push_back({entry.pos, entry.token, entry.in_company});
         }
         if (entry.output) {
             const llama_seq_id seq_id = entry.seq_ids[0];
@@ -230,23 +258,39 @@ void adl_lockstep::evaluate_rows() {
             rows[output.seq_id][output.cell] = row;
         }
     }
-    std::vector<Wanted> wanted;
+    std::vector<Wanted> prompts, wanted;
     for (const auto & [seq_id, of] : rows) {
-        const Sequence & s = sequence(seq_id);
-        for (size_t i = s.n_held; i <= of.rbegin()->first; ++i) {
+        const Sequence & s     = sequence(seq_id);
+        const size_t     last  = of.rbegin()->first;
+        const size_t     alone = end_of_prompt(s.cells, s.n_held, last + 1);
+        for (size_t i = s.n_held; i <= last; ++i) {
             const auto found = of.find(i);
-            wanted.push_back({seq_id, s.cells[i], found == of.end() ? -1 : found->second});
+            (i < alone ? prompts : wanted).push_back({seq_id, s.cells[i], found == of.end() ? -1 : found->second});
         }
     }
-    evaluate(wanted);
+    const size_t n_prompt = prompts.size();
+    prompts.insert(prompts.end(), wanted.begin(), wanted.end());
+    evaluate(prompts, n_prompt);
 }
 
-void adl_lockstep::evaluate(const std::vector<Wanted> & wanted) {
-    for (size_t done = 0; done < wanted.size();) {
-        size_t n = 0, n_rows = 0;
-        while (done + n < wanted.size() && n < n_batch_ && n_rows + (wanted[done + n].row >= 0) <= n_outputs_max_) {
-            n_rows += wanted[done + n++].row >= 0;
+// How many of the tokens go into one batch. On kernels that round activations a row depends on the batch that it was
+// evaluated in, and a prompt that is cached has to give the rows of a fresh one: so its last token, which is the first to be
+// evaluated from a cache, is not batched with those before it, and batches begin where a fresh one would.
+size_t adl_lockstep::batch_size(const std::vector<Wanted> & wanted, size_t first, size_t n_prompt) const {
+    const size_t end = std::min(first < n_prompt ? n_prompt : wanted.size(), first + n_batch_);
+    size_t       n_rows = wanted[first].row >= 0, i = first + 1;
+    for (; i < end && static_cast<size_t>(wanted[i].cell.pos) % n_batch_ != 0; ++i) {
+        n_rows += wanted[i].row >= 0;
+        if (n_rows > n_outputs_max_) {
+            break;
         }
+    }
+    return i - first;
+}
+
+void adl_lockstep::evaluate(const std::vector<Wanted> & wanted, size_t n_prompt) {
+    for (size_t done = 0; done < wanted.size();) {
+        const size_t n = batch_size(wanted, done, n_prompt);
         try {
             decode(&wanted[done], n);
         } catch (const Error & error) {
@@ -271,8 +315,8 @@ void adl_lockstep::fail_from(const std::vector<Wanted> & wanted, size_t first, c
     }
 }
 
-// Decodes tokens that wait in one batch of the pair, and finishes their rows.
-void adl_lockstep::decode(const Wanted * wanted, size_t n) {
+// Decodes tokens that wait in one batch of the pair.
+void adl_lockstep::decode_batch(const Wanted * wanted, size_t n) {
     std::vector<llama_token>    token(n);
     std::vector<llama_pos>      pos(n);
     std::vector<int32_t>        n_seq_id(n, 1);
@@ -293,6 +337,11 @@ void adl_lockstep::decode(const Wanted * wanted, size_t n) {
     for (size_t i = 0; i < n; ++i) {
         ++sequence(wanted[i].seq_id).n_held;
     }
+}
+
+// Decodes them, and finishes their rows.
+void adl_lockstep::decode(const Wanted * wanted, size_t n) {
+    decode_batch(wanted, n);
     int32_t pair_row = 0;
     for (size_t i = 0; i < n; ++i) {
         if (const int32_t row = wanted[i].row; row >= 0) {
@@ -338,6 +387,39 @@ double adl_lockstep::dose(int32_t row, llama_token token) const noexcept {
     return static_cast<size_t>(token) < output.delta.size() ? static_cast<double>(output.delta[token]) - output.mean : 0.0;
 }
 
+// The rows before the tokens are evaluated afresh, in batches of as many as the pair has room for.
+void adl_lockstep::doses(llama_seq_id seq_id, llama_pos pos, const llama_token * tokens, size_t n_tokens, double * out) {
+    outputs_.clear();
+    notice();
+    const Sequence & s     = sequence(seq_id);
+    const size_t     first = at_position(s.cells, pos);
+    if (first == 0 || first + n_tokens > s.cells.size() + 1) {
+        throw Error{ADL_ERROR_INPUT, format("%zu tokens from position %d on: sequence %d holds %zu; all but the last have to be decoded, and "
+                                            "one before them", n_tokens, pos, seq_id, s.cells.size())};
+    }
+    hold_only(seq_id, first - 1);
+    std::vector<Wanted> wanted;
+    for (size_t i = s.n_held; i + 1 < first + n_tokens; ++i) {
+        wanted.push_back({seq_id, s.cells[i], i + 1 < first ? -1 : static_cast<int32_t>(i + 1 - first)});
+    }
+    try {
+        for (size_t done = 0, n = 0; done < wanted.size(); done += n) {
+            n = batch_size(wanted, done, first - 1 > s.n_held ? first - 1 - s.n_held : 0);
+            decode_batch(&wanted[done], n);
+            int32_t pair_row = 0;
+            for (size_t i = done; i < done + n; ++i) {
+                if (const int32_t row = wanted[i].row; row >= 0) {
+                    out[row] = pair.dose(pair_row++, tokens[row]);
+                    check_dose(out[row]);
+                }
+            }
+        }
+    } catch (...) {
+        forget_held();
+        throw;
+    }
+}
+
 size_t adl_lockstep::n_held(llama_seq_id seq_id) const {
     const auto found = sequences_.find(seq_id);
     return found == sequences_.end() || pair.serial() != serial_ ? 0 : found->second.n_held;
@@ -354,7 +436,7 @@ void adl_lockstep::catch_up(llama_seq_id seq_id) {
     for (size_t i = s.n_held; i < s.cells.size(); ++i) {
         wanted.push_back({seq_id, s.cells[i], -1});
     }
-    evaluate(wanted);
+    evaluate(wanted, end_of_prompt(s.cells, s.n_held, s.cells.size()) - s.n_held);
 }
 
 // A long prompt is evaluated as it comes, so that it does not stall the others when it is needed.
@@ -419,6 +501,21 @@ bool adl_lockstep::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     return true;
 }
 
+// Has the pair hold no more than the first n tokens of a sequence.
+void adl_lockstep::hold_only(llama_seq_id seq_id, size_t n) {
+    Sequence & s = sequence(seq_id);
+    if (n >= s.n_held) {
+        return;
+    }
+    if (n > 0 && pair.seq_rm(seq_id, s.cells[n].pos, -1)) {
+        s.n_held = n;
+    } else { // recurrent memory cannot forget a part
+        pair.seq_rm(seq_id, -1, -1);
+        s.n_held = 0;
+    }
+    follow_pair();
+}
+
 void adl_lockstep::rm(llama_seq_id seq_id, Sequence & s, llama_pos from, llama_pos to) {
     const size_t first = at_position(s.cells, from), last = std::max(first, at_position(s.cells, to));
     if (first < std::min(last, s.n_held)) {
@@ -479,7 +576,7 @@ void adl_lockstep::restore(llama_seq_id seq_id, const llama_token * tokens, size
     outputs_.clear();
     std::vector<Cell> cells;
     for (size_t i = 0; i < n_tokens; ++i) {
-        cells.push_back({static_cast<llama_pos>(i), tokens[i]});
+        cells.push_back({static_cast<llama_pos>(i), tokens[i], i + 1 < n_tokens});
     }
     if (n_held == 0) {
         notice();

@@ -15,6 +15,7 @@ namespace adl {
 struct Cell {
     llama_pos   pos;
     llama_token token;
+    bool        in_company; // the teacher decoded others of its sequence in the same batch: a prompt, say
 };
 
 // What the teacher's memory holds of one sequence, by position. The pair's holds the first `n_held`; the others wait.
@@ -32,6 +33,7 @@ struct Entry {
     llama_pos                 pos;
     std::vector<llama_seq_id> seq_ids;
     bool                      output;
+    bool                      in_company; // see Cell
 };
 
 // A row of the teacher's last decode.
@@ -57,6 +59,7 @@ struct adl_lockstep {
     int32_t                n_rows() const { return static_cast<int32_t>(outputs_.size()); }
     const adl_row_result & result(int32_t row) const { return outputs_[row].result; }
     double                 dose(int32_t row, llama_token token) const noexcept;
+    void                   doses(llama_seq_id seq_id, llama_pos pos, const llama_token * tokens, size_t n_tokens, double * out);
     adl_lockstep_stats     stats() const { return stats_; }
     size_t                 n_held(llama_seq_id seq_id) const;
 
@@ -74,6 +77,7 @@ struct adl_lockstep {
 
     adl::Sequence & sequence(llama_seq_id seq_id) { return sequences_[seq_id]; }
     void            resolve(const llama_batch & batch);
+    void            note_company();
     llama_pos       last_known(llama_seq_id seq_id) const;
     void            check_positions() const;
     void            make_room();
@@ -82,12 +86,15 @@ struct adl_lockstep {
     void            close(int32_t n_rows) noexcept;
     void            look(int32_t row);
     void            evaluate_rows();
-    void            evaluate(const std::vector<Wanted> & wanted);
+    void            evaluate(const std::vector<Wanted> & wanted, size_t n_prompt);
+    size_t          batch_size(const std::vector<Wanted> & wanted, size_t first, size_t n_prompt) const;
     void            fail_from(const std::vector<Wanted> & wanted, size_t first, const adl::Error & error);
     void            decode(const Wanted * wanted, size_t n);
+    void            decode_batch(const Wanted * wanted, size_t n);
     void            finish(adl::Output & output, int32_t row, int32_t pair_row);
     void            fail(adl::Output & output, int32_t row, const adl::Error & error);
     void            catch_up(llama_seq_id seq_id);
+    void            hold_only(llama_seq_id seq_id, size_t n);
     void            catch_up_long();
     void            forget_held() noexcept;
     void            notice() noexcept;

@@ -86,6 +86,16 @@ double adl_lockstep_dose(const struct adl_lockstep * lockstep, int32_t row, llam
     return lockstep->dose(row, token);
 }
 
+int32_t adl_lockstep_doses(
+        struct adl_lockstep * lockstep, llama_seq_id seq_id, llama_pos pos, const llama_token * tokens, size_t n_tokens, double * doses) {
+    return with(lockstep, [&] {
+        if ((tokens == nullptr || doses == nullptr) && n_tokens > 0) {
+            throw Error{ADL_ERROR_INPUT, "adl_lockstep_doses: tokens or doses is NULL"};
+        }
+        lockstep->doses(seq_id, pos, tokens, n_tokens, doses);
+    });
+}
+
 struct adl_lockstep_stats adl_lockstep_get_stats(const struct adl_lockstep * lockstep) {
     return lockstep->stats();
 }

@@ -14,7 +14,7 @@ import pytest
 
 from adlocal import AntidistillationLlama, ProxyPair
 from adlocal.adjust import adjust, candidates, delta
-from adlocal.engine.lockstep import LockstepContext
+from adlocal.engine.llama_context import LockstepContext
 from adlocal.llamacpp import native
 from adlocal.llamacpp.tokens import end_tokens
 from adlocal.traces import Trace, TraceEncoder

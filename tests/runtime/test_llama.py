@@ -24,7 +24,7 @@ from llama_cpp.llama_speculative import LlamaDraftModel
 
 from adlocal import AntidistillationLlama, ProxyPair
 from adlocal.adjust import adjust
-from adlocal.engine.lockstep import LockstepContext
+from adlocal.engine.llama_context import LockstepContext
 from adlocal.llamacpp.tokens import end_tokens
 from adlocal_convert.demo.word_problems import word_problems
 from support.reference import Reference, Samples, last_row, log_softmax, sampling
