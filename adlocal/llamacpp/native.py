@@ -157,6 +157,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (_p, _batch, ctypes.POINTER(RowParams), _i32, ctypes.POINTER(RowResult)),
     ),
     "adl_lockstep_dose": (_f64, (_p, _i32, _i32)),
+    "adl_lockstep_get_logits": (_floats, (_p, _i32, ctypes.c_int)),
     "adl_lockstep_get_stats": (LockstepStats, (_p,)),
     "adl_lockstep_memory_clear": (None, (_p,)),
     "adl_lockstep_memory_seq_rm": (_bool, (_p, _i32, _i32, _i32)),

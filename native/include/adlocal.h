@@ -147,6 +147,12 @@ ADL_API int32_t adl_vocab_shared(
 // Both proxies: two contexts, over two models or, made from an adapter, over one.
 struct adl_pair;
 
+// One of the two proxies: the one at θ − εĝ, which gives z₋, or the one at θ + εĝ, which gives z₊.
+enum adl_sign {
+    ADL_MINUS = -1,
+    ADL_PLUS  =  1,
+};
+
 // Which threads evaluate the proxies. Either way no more threads run than the context parameters' n_threads: two at once
 // get half of them each.
 enum adl_concurrency {
@@ -372,6 +378,10 @@ ADL_NODISCARD ADL_API int32_t adl_lockstep_decode(
 
 // Δ(token) − E[Δ] of a token for a row of the last step; as adl_pair_dose. NaN for a row whose Δ was not computed.
 ADL_API double adl_lockstep_dose(const struct adl_lockstep * lockstep, int32_t row, llama_token token);
+
+// z₊ or z₋ of a row of the last step, adl_pair_n_vocab numbers. NULL where the pair was not evaluated for it. Valid until the
+// next begin, memory_clear or restore.
+ADL_API const float * adl_lockstep_get_logits(const struct adl_lockstep * lockstep, int32_t row, enum adl_sign sign);
 
 ADL_API struct adl_lockstep_stats adl_lockstep_get_stats(const struct adl_lockstep * lockstep);
 

@@ -86,6 +86,10 @@ double adl_lockstep_dose(const struct adl_lockstep * lockstep, int32_t row, llam
     return lockstep->dose(row, token);
 }
 
+const float * adl_lockstep_get_logits(const struct adl_lockstep * lockstep, int32_t row, enum adl_sign sign) {
+    return lockstep->logits(row, sign);
+}
+
 struct adl_lockstep_stats adl_lockstep_get_stats(const struct adl_lockstep * lockstep) {
     return lockstep->stats();
 }

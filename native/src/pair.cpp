@@ -307,10 +307,9 @@ double adl_pair::expectation(int32_t row) {
     return adl::expectation(proxies(row), epsilon);
 }
 
-void adl_pair::copy_delta(int32_t row, std::vector<float> & delta) {
+adl::Evaluated adl_pair::copy_row(int32_t row, double mean) {
     const adl::Proxies both = proxies(row);
-    delta.resize(n_vocab);
-    adl::delta(both, epsilon, delta.data());
+    return {{both.plus, both.plus + both.n}, {both.minus, both.minus + both.n}, mean, epsilon};
 }
 
 adl::Proxies adl_pair::proxies(int32_t row) {

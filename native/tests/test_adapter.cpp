@@ -115,6 +115,27 @@ TEST(the_dose_is_over_the_epsilon_in_force) {
     CHECK_NEAR(adl_pair_dose(host.pair, 0, 7), dose, 0.1 * std::fabs(dose));
 }
 
+TEST(a_step_keeps_the_epsilon_it_was_evaluated_at) {
+    install_adapter();
+    const Host           host    = adapter_host();
+    const Tokens         tokens  = {5, 6};
+    const adl_row_params row     = {0, 0.05, ADL_MODE_OBSERVE, true};
+    llama_context *      context = llama_init_from_model(host.teacher, llama_context_default_params());
+    adl_lockstep *       step    = adl_lockstep_init(host.pair, context, adl_lockstep_default_params());
+    CHECK_EQ(adl_lockstep_decode(step, Batch(tokens).get(), &row, 1, nullptr), ADL_OK);
+    const double dose = adl_lockstep_dose(step, 0, 7);
+    CHECK(std::fabs(dose) > 0.01);
+    CHECK_EQ(adl_pair_set_epsilon(host.pair, 25 * EPSILON), ADL_OK);
+    CHECK_EQ(adl_lockstep_dose(step, 0, 7), dose);
+    for (const adl_sign sign : {ADL_PLUS, ADL_MINUS}) {
+        const std::vector<float> own    = at(sign * EPSILON, tokens);
+        const float *            logits = adl_lockstep_get_logits(step, 0, sign);
+        CHECK(logits != nullptr && std::equal(own.begin(), own.end(), logits));
+    }
+    adl_lockstep_free(step);
+    llama_free(context);
+}
+
 TEST(a_sampler_finishes_its_position_at_the_epsilon_it_was_evaluated_at) {
     install_adapter();
     const Host      host   = adapter_host();
