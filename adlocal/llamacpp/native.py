@@ -141,7 +141,10 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "adl_pair_touch": (None, (_p,)),
     "adl_pair_serial": (ctypes.c_uint64, (_p,)),
     "adl_pair_n_rows": (_i32, (_p,)),
-    "adl_pair_adjust": (_i32, (_p, _floats, _i32, ctypes.POINTER(_f64), _f64, ctypes.POINTER(RowStruct))),
+    "adl_pair_adjust": (
+        _i32,
+        (_p, _floats, _i32, ctypes.POINTER(_f64), ctypes.POINTER(_f64), ctypes.POINTER(RowStruct)),
+    ),
     "adl_pair_dose": (_f64, (_p, _i32, _i32)),
     "adl_adjust": (
         _i32,

@@ -265,8 +265,9 @@ class ProxyPair(TextAnalysis):
             ProxyError: nothing was decoded, or a number that has to be finite is not. Nothing may be sampled.
         """
         n = self._require_rows()
-        out, strengths = (native.RowStruct * n)(), (ctypes.c_double * n)(*[strength] * n)
-        native.check(self._lib.adl_pair_adjust(self.handle, logits, n, strengths, guard, out))
+        strengths, guards = ((ctypes.c_double * n)(*[value] * n) for value in (strength, guard))
+        out = (native.RowStruct * n)()
+        native.check(self._lib.adl_pair_adjust(self.handle, logits, n, strengths, guards, out))
         return [(row.kl, row.n_candidates) for row in out]
 
     def dose(self, row: int, token: int) -> float:

@@ -277,11 +277,13 @@ ADL_API int32_t adl_adjust(
 //   logits     (n_rows × n_vocab of the teacher) llama_get_logits(teacher)
 //   n_rows     what adl_pair_decode returned
 //   strength   (n_rows) typical shift of a plausible token's logit, in nats, for each row; 0 leaves a row as it is
+//   guard      (n_rows) share of the top token's probability that a candidate needs, 0 to 1, for each row
 //   rows       (n_rows) written on success
 // Returns ADL_OK or an error. On an error every row is closed: the teacher's end-of-generation tokens are all that can be
 // sampled. (A pair that was made without a teacher cannot know their number, and leaves the rows alone.)
 ADL_API int32_t adl_pair_adjust(
-        struct adl_pair * pair, float * logits, int32_t n_rows, const double * strength, double guard, struct adl_row * rows);
+        struct adl_pair * pair, float * logits, int32_t n_rows, const double * strength, const double * guard,
+        struct adl_row * rows);
 
 // Δ(token) − E[Δ] of a token for a row of the last decode, adjusted or not. Summed over a text it is the text's dose: to
 // first order, how much a training step on it raises the proxy's loss. 0 for a token beyond the proxy's vocabulary, NaN if

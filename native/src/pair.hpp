@@ -49,7 +49,7 @@ struct adl_pair {
     void set_epsilon(double value);
 
     // Adjusts n_rows rows in place, or throws and leaves them closed.
-    void adjust(float * logits, int32_t n_rows, const double * strength, double guard, adl_row * rows);
+    void adjust(float * logits, int32_t n_rows, const double * strength, const double * guard, adl_row * rows);
 
     // The same for one row of the last decode.
     adl_row adjust_row(float * logits, int32_t row, double strength, double guard);

@@ -146,7 +146,8 @@ void adl_pair_touch(struct adl_pair * pair) {
 }
 
 int32_t adl_pair_adjust(
-        struct adl_pair * pair, float * logits, int32_t n_rows, const double * strength, double guard, struct adl_row * rows) {
+        struct adl_pair * pair, float * logits, int32_t n_rows, const double * strength, const double * guard,
+        struct adl_row * rows) {
     return with(pair, [&] {
         pair->adjust(logits, n_rows, strength, guard, rows);
         return static_cast<int32_t>(ADL_OK);

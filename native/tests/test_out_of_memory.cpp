@@ -258,13 +258,13 @@ TEST(adjusting) {
             Batch batch({5, 6, 7});
             CHECK_EQ(adl_pair_decode(host.pair, batch.get()), 1);
             std::vector<float> logits   = fake::logits(TEACHER, {5, 6, 7});
-            const double       strength = STRENGTH;
+            const double       strength = STRENGTH, guard = GUARD;
             adl_row            row;
             int32_t            status;
             bool               reached;
             {
                 Plan plan(first, all);
-                status  = adl_pair_adjust(host.pair, logits.data(), 1, &strength, GUARD, &row);
+                status  = adl_pair_adjust(host.pair, logits.data(), 1, &strength, &guard, &row);
                 reached = plan.reached();
             }
             CHECK(status == ADL_ERROR_MEMORY || status == (good ? ADL_OK : ADL_ERROR_PROXY));
