@@ -25,6 +25,8 @@ _REMEDY = "install adlocal again (`pip install .` compiles it; `make setup` in a
 
 # enum adl_mode
 MODE_OFF, MODE_OBSERVE, MODE_PROTECT = 0, 1, 2
+# enum adl_sign
+MINUS, PLUS = -1, 1
 #: llama_decode of the teacher failed.
 ERROR_DECODE = -8
 
@@ -133,9 +135,9 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "adl_pair_set_epsilon": (_i32, (_p, _f64)),
     "adl_pair_n_ctx": (_u32, (_p,)),
     "adl_pair_n_vocab": (_i32, (_p,)),
-    "adl_pair_get_context": (_p, (_p, _i32)),
+    "adl_pair_get_context": (_p, (_p, ctypes.c_int)),
     "adl_pair_decode": (_i32, (_p, _batch)),
-    "adl_pair_get_logits": (_floats, (_p, _i32)),
+    "adl_pair_get_logits": (_floats, (_p, ctypes.c_int)),
     "adl_pair_memory_clear": (None, (_p,)),
     "adl_pair_memory_seq_rm": (_bool, (_p, _i32, _i32, _i32)),
     "adl_pair_touch": (None, (_p,)),

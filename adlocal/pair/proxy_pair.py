@@ -171,7 +171,7 @@ class ProxyPair(TextAnalysis):
     @property
     def contexts(self) -> tuple[int, int]:
         """llama.cpp's contexts of the proxies at θ + εĝ and θ − εĝ, for reading."""
-        plus, minus = (self._lib.adl_pair_get_context(self.handle, sign) for sign in (1, -1))
+        plus, minus = (self._lib.adl_pair_get_context(self.handle, sign) for sign in (native.PLUS, native.MINUS))
         return plus, minus
 
     @property
@@ -280,7 +280,8 @@ class ProxyPair(TextAnalysis):
         """(z₊, z₋) of the last decode's output rows, each (rows, n_vocab). Views: valid until the next decode."""
         shape = (self._require_rows(), self.n_vocab)
         plus, minus = (
-            np.ctypeslib.as_array(self._lib.adl_pair_get_logits(self.handle, sign), shape) for sign in (1, -1)
+            np.ctypeslib.as_array(self._lib.adl_pair_get_logits(self.handle, sign), shape)
+            for sign in (native.PLUS, native.MINUS)
         )
         return plus, minus
 

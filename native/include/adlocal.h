@@ -213,10 +213,10 @@ ADL_API double adl_pair_epsilon(const struct adl_pair * pair);
 // llama.cpp refuses; then the pair keeps its ε, and adl_pair_decode attaches the adapter at it again or fails.
 ADL_API int32_t adl_pair_set_epsilon(struct adl_pair * pair, double epsilon);
 
-// The proxy at θ + sign εĝ, for reading: performance counters, saved states. Decoding in it parts the pair; a state set in
+// One proxy, for reading: performance counters, saved states. Decoding in it parts the pair; a state set in
 // both is to be followed by adl_pair_touch. One model serves both signs where the pair was made from an adapter.
-ADL_API struct llama_context * adl_pair_get_context(const struct adl_pair * pair, int32_t sign);
-ADL_API struct llama_model *   adl_pair_get_model  (const struct adl_pair * pair, int32_t sign);
+ADL_API struct llama_context * adl_pair_get_context(const struct adl_pair * pair, enum adl_sign sign);
+ADL_API struct llama_model *   adl_pair_get_model  (const struct adl_pair * pair, enum adl_sign sign);
 
 // Evaluates a batch in both proxies, as llama_decode: same tokens, positions, sequences and output flags as the teacher's.
 // Embeddings instead of tokens are refused.
@@ -227,9 +227,9 @@ ADL_API int32_t adl_pair_decode(struct adl_pair * pair, struct llama_batch batch
 // The sticky error in words, NULL if there is none. Valid until the next call that changes the pair.
 ADL_API const char * adl_pair_error(const struct adl_pair * pair);
 
-// Logits of the last decode's output rows in the order of the batch, n_rows × adl_pair_n_vocab; sign +1: z₊, −1: z₋.
+// One proxy's logits of the last decode's output rows in the order of the batch, n_rows × adl_pair_n_vocab.
 // NULL if there are none. Valid until the next decode.
-ADL_API const float * adl_pair_get_logits(struct adl_pair * pair, int32_t sign);
+ADL_API const float * adl_pair_get_logits(struct adl_pair * pair, enum adl_sign sign);
 
 // The memory operations of llama.h, on both proxies. They leave no rows to adjust.
 // seq_rm returns false where the memory cannot forget a part (recurrent models): clear it then, and decode afresh.

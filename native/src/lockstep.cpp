@@ -343,7 +343,7 @@ double adl_lockstep::dose(int32_t row, llama_token token) const noexcept {
 
 const float * adl_lockstep::logits(int32_t row, adl_sign sign) const noexcept {
     const adl::Evaluated * proxies = evaluated(row);
-    return proxies == nullptr ? nullptr : (sign > 0 ? proxies->plus : proxies->minus).data();
+    return proxies == nullptr ? nullptr : (sign == ADL_PLUS ? proxies->plus : proxies->minus).data();
 }
 
 size_t adl_lockstep::n_held(llama_seq_id seq_id) const {

@@ -44,6 +44,10 @@ int32_t with(adl_pair * pair, Body && body) {
     });
 }
 
+const adl::Proxy & proxy_of(const adl_pair * pair, adl_sign sign) {
+    return sign == ADL_PLUS ? pair->plus : pair->minus;
+}
+
 } // namespace
 
 struct adl_pair_params adl_pair_default_params(const struct adl_llama * llama) {
@@ -94,12 +98,12 @@ int32_t adl_pair_n_shared(const struct adl_pair * pair) {
     return pair->n_shared;
 }
 
-struct llama_context * adl_pair_get_context(const struct adl_pair * pair, int32_t sign) {
-    return sign > 0 ? pair->plus.context : pair->minus.context;
+struct llama_context * adl_pair_get_context(const struct adl_pair * pair, enum adl_sign sign) {
+    return proxy_of(pair, sign).context;
 }
 
-struct llama_model * adl_pair_get_model(const struct adl_pair * pair, int32_t sign) {
-    return (sign > 0 ? pair->plus : pair->minus).model.handle;
+struct llama_model * adl_pair_get_model(const struct adl_pair * pair, enum adl_sign sign) {
+    return proxy_of(pair, sign).model.handle;
 }
 
 double adl_pair_epsilon(const struct adl_pair * pair) {
@@ -121,8 +125,8 @@ const char * adl_pair_error(const struct adl_pair * pair) {
     return *pair->error ? pair->error : nullptr;
 }
 
-const float * adl_pair_get_logits(struct adl_pair * pair, int32_t sign) {
-    return pair->logits(sign > 0 ? pair->plus : pair->minus);
+const float * adl_pair_get_logits(struct adl_pair * pair, enum adl_sign sign) {
+    return pair->logits(proxy_of(pair, sign));
 }
 
 void adl_pair_memory_clear(struct adl_pair * pair) {

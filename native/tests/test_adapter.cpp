@@ -25,7 +25,7 @@ void check_at(adl_pair * pair, double epsilon) {
     CHECK_EQ(adl_pair_epsilon(pair), epsilon);
     adl_pair_memory_clear(pair);
     CHECK_EQ(decode(pair, tokens), 1);
-    for (const int32_t sign : {1, -1}) {
+    for (const adl_sign sign : {ADL_PLUS, ADL_MINUS}) {
         const std::vector<float> own    = at(sign * epsilon, tokens);
         const float *            logits = adl_pair_get_logits(pair, sign);
         CHECK(logits != nullptr && std::equal(own.begin(), own.end(), logits));
@@ -62,8 +62,8 @@ TEST(one_model_and_one_adapter_for_both_signs) {
     CHECK_EQ(fake::counts().models, 2);
     CHECK_EQ(fake::counts().adapters, 1);
     CHECK_EQ(fake::counts().contexts, 2);
-    CHECK(adl_pair_get_model(host.pair, 1) == adl_pair_get_model(host.pair, -1));
-    CHECK(adl_pair_get_context(host.pair, 1) != adl_pair_get_context(host.pair, -1));
+    CHECK(adl_pair_get_model(host.pair, ADL_PLUS) == adl_pair_get_model(host.pair, ADL_MINUS));
+    CHECK(adl_pair_get_context(host.pair, ADL_PLUS) != adl_pair_get_context(host.pair, ADL_MINUS));
     CHECK_EQ(adl_pair_n_vocab(host.pair), N_PROXY);
     CHECK_EQ(adl_pair_n_shared(host.pair), N_PROXY);
     check_at(host.pair, EPSILON);
@@ -93,9 +93,9 @@ TEST(another_epsilon_later) {
         adl_pair_memory_clear(host.pair);
         CHECK_EQ(decode(host.pair, {3, 4}), 1);
         CHECK_EQ(adl_pair_set_epsilon(host.pair, epsilon), ADL_OK);
-        CHECK(adl_pair_get_logits(host.pair, 1) == nullptr);
+        CHECK(adl_pair_get_logits(host.pair, ADL_PLUS) == nullptr);
         CHECK(std::isnan(adl_pair_dose(host.pair, 0, 3)));
-        for (const int32_t sign : {1, -1}) {
+        for (const adl_sign sign : {ADL_PLUS, ADL_MINUS}) {
             CHECK(fake::memory(adl_pair_get_context(host.pair, sign), 0).empty());
         }
         check_at(host.pair, epsilon);
@@ -180,7 +180,7 @@ TEST(no_epsilon_that_an_adapter_cannot_be_scaled_by) {
     for (const double epsilon : {0.0, -1.0, std::nan(""), HUGE_VAL, 1e-60, 1e60}) {
         CHECK_EQ(adl_pair_set_epsilon(host.pair, epsilon), ADL_ERROR_INPUT);
         CHECK_EQ(adl_pair_epsilon(host.pair), EPSILON);
-        CHECK(adl_pair_get_logits(host.pair, 1) != nullptr);
+        CHECK(adl_pair_get_logits(host.pair, ADL_PLUS) != nullptr);
     }
     check_at(host.pair, EPSILON);
     CHECK_EQ(adl_pair_set_epsilon(nullptr, 1), ADL_ERROR_INPUT);
@@ -196,7 +196,7 @@ TEST(halves_have_the_epsilon_that_they_were_written_with) {
     CHECK_EQ(adl_pair_set_epsilon(host.pair, 0.5), ADL_ERROR_INPUT);
     CHECK_CONTAINS(adl_last_error(), "written at 0.01, which cannot be changed");
     CHECK_EQ(adl_pair_epsilon(host.pair), EPSILON);
-    CHECK(adl_pair_get_logits(host.pair, 1) != nullptr);
+    CHECK(adl_pair_get_logits(host.pair, ADL_PLUS) != nullptr);
     adl_pair_free(std::exchange(host.pair, nullptr));
     llama_model_free(std::exchange(host.teacher, nullptr));
     for (const double epsilon : {0.5, -1.0, std::nan("")}) {
@@ -234,7 +234,7 @@ TEST(an_epsilon_that_llama_cpp_refuses_is_not_half_in_force) {
         const Host host                   = adapter_host();
         fake::file(ADAPTER).faults.set_in = in;
         CHECK_EQ(adl_pair_set_epsilon(host.pair, 0.5), ADL_ERROR_PROXY);
-        CHECK(adl_pair_get_logits(host.pair, 1) == nullptr);
+        CHECK(adl_pair_get_logits(host.pair, ADL_PLUS) == nullptr);
         check_at(host.pair, EPSILON);
     }
 }

@@ -363,7 +363,7 @@ TEST(a_hole_leaves_both_memories_alike) {
     Batch batch;
     batch.add(8, 5, {0}, true);
     CHECK_EQ(step.decode(batch, {protect(1.0, 0.0)}), ADL_OK);
-    for (const int32_t sign : {1, -1}) {
+    for (const adl_sign sign : {ADL_PLUS, ADL_MINUS}) {
         CHECK(fake::memory(adl_pair_get_context(step.pair, sign), 0) == fake::memory(step.context, 0));
     }
 }

@@ -36,8 +36,8 @@ adl_pair_params with_mode(adl_concurrency mode) {
 
 void check_row(adl_pair * pair, const Tokens & tokens) {
     const std::vector<float> plus = fake::logits(PLUS, tokens), minus = fake::logits(MINUS, tokens);
-    CHECK(adl_pair_get_logits(pair, 1) != nullptr && std::equal(plus.begin(), plus.end(), adl_pair_get_logits(pair, 1)));
-    CHECK(adl_pair_get_logits(pair, -1) != nullptr && std::equal(minus.begin(), minus.end(), adl_pair_get_logits(pair, -1)));
+    CHECK(adl_pair_get_logits(pair, ADL_PLUS) != nullptr && std::equal(plus.begin(), plus.end(), adl_pair_get_logits(pair, ADL_PLUS)));
+    CHECK(adl_pair_get_logits(pair, ADL_MINUS) != nullptr && std::equal(minus.begin(), minus.end(), adl_pair_get_logits(pair, ADL_MINUS)));
 }
 
 // operator new called by its name: a compiler may leave out the pair of a new and a delete expression.
