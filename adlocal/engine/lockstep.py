@@ -46,7 +46,7 @@ class LockstepContext:
     def __init__(self, teacher: LlamaContext, pair: ProxyPair, settings: Settings, *, full: bool = False) -> None:
         """Takes an empty teacher's context; the pair's memory is cleared. `full` evaluates the pair for every row."""
         self._teacher, self._pair, self._lib = teacher, pair, native.library()
-        params = native.LockstepParams(ctypes.sizeof(native.LockstepParams), full)
+        params = native.sized(native.LockstepParams, full)
         handle = self._lib.adl_lockstep_init(pair.handle, teacher.ctx, params)
         if handle is None:
             raise native.error()

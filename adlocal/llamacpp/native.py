@@ -12,7 +12,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import llama_cpp
 from llama_cpp.llama_cpp import _lib as libllama
@@ -56,6 +56,7 @@ class BundleStruct(ctypes.Structure):
     """struct adl_bundle"""
 
     _fields_ = (
+        ("size", ctypes.c_size_t),
         ("format_version", _u32),
         ("is_adapter", _bool),
         ("id", ctypes.c_char * 65),
@@ -70,6 +71,7 @@ class PairParams(ctypes.Structure):
     """struct adl_pair_params"""
 
     _fields_ = (
+        ("size", ctypes.c_size_t),
         ("model", llama_cpp.llama_model_params),
         ("context", llama_cpp.llama_context_params),
         ("concurrency", ctypes.c_int),
@@ -113,6 +115,14 @@ class DoseStruct(ctypes.Structure):
     """struct adl_dose"""
 
     _fields_ = (("n_tokens", ctypes.c_int64), ("n_steerable", ctypes.c_int64), ("total", _f64), ("kl", _f64))
+
+
+_Struct = TypeVar("_Struct", bound=ctypes.Structure)
+
+
+def sized(struct: type[_Struct], *values: Any) -> _Struct:
+    """One of the core's structures whose first field is its size, with the values of the others."""
+    return struct(ctypes.sizeof(struct), *values)
 
 
 _batch = llama_cpp.llama_batch

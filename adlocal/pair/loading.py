@@ -33,7 +33,7 @@ def load_files(
     set_verbose(verbose)
     model_params = llama_cpp.llama_model_default_params()
     model_params.n_gpu_layers = offloaded(n_gpu_layers)
-    pair_params = native.PairParams(model_params, params, 0, own_epsilon or 0.0)
+    pair_params = native.sized(native.PairParams, model_params, params, 0, own_epsilon or 0.0)
     lib = native.library()
     init = lib.adl_pair_init_from_adapter if is_adapter else lib.adl_pair_init_from_files
     with captured_log() as log:

@@ -121,6 +121,7 @@ ADL_API int32_t adl_llama_check(const struct adl_llama * llama);
 
 // What the metadata of a bundle's two files say.
 struct adl_bundle {
+    size_t   size; // sizeof(struct adl_bundle), to be set before it is read
     uint32_t format_version;
     bool     is_adapter;    // one proxy and ĝ as a LoRA adapter, instead of two halves
     char     id[65];        // hexadecimal
@@ -132,7 +133,8 @@ struct adl_bundle {
 
 // Reads and validates the directory's two files, whichever format they are of: proxy-plus.gguf and proxy-minus.gguf, or
 // proxy-base.gguf and proxy-adapter.gguf. No weights are read.
-// Returns ADL_OK, ADL_ERROR_BUNDLE or ADL_ERROR_LLAMA. `out` is written on success only.
+// Returns ADL_OK, ADL_ERROR_BUNDLE or ADL_ERROR_LLAMA. `out` is written on success only, and its size is to be set before:
+//     struct adl_bundle bundle = {.size = sizeof bundle};
 ADL_API int32_t adl_bundle_read(const struct adl_llama * llama, const char * dir, struct adl_bundle * out);
 
 // Number of leading token ids that teacher and proxy share. Padding may make one of the vocabularies longer.
@@ -164,6 +166,7 @@ enum adl_concurrency {
 };
 
 struct adl_pair_params {
+    size_t                      size;    // sizeof(struct adl_pair_params)
     struct llama_model_params   model;   // for each model
     struct llama_context_params context; // for each proxy: n_ctx at least the teacher's, n_batch and n_seq_max the teacher's
     enum adl_concurrency        concurrency;
@@ -171,7 +174,7 @@ struct adl_pair_params {
                                          // bundle's; 0: the bundle's. Halves have the one that they were written with.
 };
 
-// llama.cpp's defaults, but n_outputs_max = n_outputs_max_per_seq = 1 (rows of logits a batch may ask for: they size the
+// size, and llama.cpp's defaults, but n_outputs_max = n_outputs_max_per_seq = 1 (rows of logits a batch may ask for: they size the
 // compute buffer; with more sequences at least as many rows are taken), concurrency AUTO and the bundle's epsilon. `llama`
 // must have passed adl_llama_check.
 ADL_API struct adl_pair_params adl_pair_default_params(const struct adl_llama * llama);

@@ -15,6 +15,7 @@ namespace {
 
 adl_pair * make_pair(const adl_llama * llama, const adl::Source & source, double epsilon, double delta_scale, const llama_model * teacher,
                      adl_pair_params params) {
+    adl::check_own_size("adl_pair_params", params.size, sizeof params);
     uint32_t & n_outputs_max = params.context.n_outputs_max;
     if (n_outputs_max != 0) { // llama.cpp ends the process when there are fewer rows than sequences
         n_outputs_max = std::max(n_outputs_max, params.context.n_seq_max);
@@ -51,7 +52,8 @@ const adl::Proxy & proxy_of(const adl_pair * pair, adl_sign sign) {
 } // namespace
 
 struct adl_pair_params adl_pair_default_params(const struct adl_llama * llama) {
-    adl_pair_params params = {llama->llama_model_default_params(), llama->llama_context_default_params(), ADL_CONCURRENCY_AUTO, 0.0};
+    adl_pair_params params = {sizeof(adl_pair_params), llama->llama_model_default_params(), llama->llama_context_default_params(),
+                              ADL_CONCURRENCY_AUTO, 0.0};
     params.context.n_outputs_max = params.context.n_outputs_max_per_seq = 1;
     params.context.kv_unified = true; // any subset of sequences is one graph
     return params;

@@ -262,15 +262,15 @@ TEST(a_pair_whose_adapter_cannot_be_attached_computes_nothing) {
 // Checks that reading the adapter bundle fails in these words.
 void check_refused(const std::string & words) {
     const adl_llama llama = fake_llama_table();
-    adl_bundle      out;
+    adl_bundle      out   = empty_bundle();
     CHECK_EQ(adl_bundle_read(&llama, ADAPTER_DIR, &out), ADL_ERROR_BUNDLE);
     CHECK_CONTAINS(adl_last_error(), words);
 }
 
 TEST(an_adapter_bundle_is_read) {
     install_adapter();
-    const adl_llama llama = fake_llama_table();
-    adl_bundle      bundle;
+    const adl_llama llama  = fake_llama_table();
+    adl_bundle      bundle = empty_bundle();
     CHECK_EQ(adl_bundle_read(&llama, ADAPTER_DIR, &bundle), ADL_OK);
     CHECK(bundle.is_adapter);
     CHECK_EQ(bundle.epsilon, EPSILON);

@@ -145,7 +145,7 @@ TEST(reading_a_bundle) {
     for (const bool good : {true, false}) {
         good ? void() : void(fake::file(MINUS).keys.erase("adlocal.params"));
         for_every_failure([&](int64_t first, bool all) {
-            adl_bundle bundle;
+            adl_bundle bundle = empty_bundle();
             int32_t    status;
             bool       reached;
             {

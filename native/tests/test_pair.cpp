@@ -495,6 +495,25 @@ TEST(two_files_without_metadata) {
     adl_pair_free(pair);
 }
 
+TEST(parameters_of_another_size_are_refused) {
+    install();
+    const adl_llama llama   = fake_llama_table();
+    llama_model *   teacher = load();
+    for (const size_t size : {size_t{0}, sizeof(adl_pair_params) - 8, sizeof(adl_pair_params) + 8}) {
+        adl_pair_params p = params();
+        p.size            = size;
+        CHECK(adl_pair_init(&llama, DIR, teacher, p) == nullptr);
+        CHECK_EQ(adl_last_status(), ADL_ERROR_INPUT);
+        CHECK_CONTAINS(adl_last_error(), "struct adl_pair_params has " + std::to_string(size) + " bytes in the host");
+        CHECK(adl_pair_init_from_files(&llama, PLUS, MINUS, 1, 1, teacher, p) == nullptr);
+        CHECK_EQ(adl_last_status(), ADL_ERROR_INPUT);
+        CHECK(adl_pair_init_from_adapter(&llama, PLUS, MINUS, 1, 1, teacher, p) == nullptr);
+        CHECK_EQ(adl_last_status(), ADL_ERROR_INPUT);
+    }
+    CHECK_EQ(fake::counts().loads, 1); // the teacher
+    llama_model_free(teacher);
+}
+
 TEST(two_files_with_bad_arguments) {
     install();
     const adl_llama llama   = fake_llama_table();
