@@ -33,7 +33,7 @@ class Lockstep:
 
     def __init__(self, teacher: int, pair: ProxyPair) -> None:
         self._lib, self._pair = native.library(), pair
-        handle = self._lib.adl_lockstep_init(pair.handle, teacher, self._lib.adl_lockstep_default_params())
+        handle = self._lib.adl_lockstep_init(pair.handle, teacher, native.sized(native.LockstepParams, False))
         if handle is None:
             raise native.error()
         self._handle = handle

@@ -12,7 +12,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import llama_cpp
 from llama_cpp.llama_cpp import _lib as libllama
@@ -25,6 +25,8 @@ _REMEDY = "install adlocal again (`pip install .` compiles it; `make setup` in a
 
 # enum adl_mode
 MODE_OFF, MODE_OBSERVE, MODE_PROTECT = 0, 1, 2
+# enum adl_sign
+MINUS, PLUS = -1, 1
 #: llama_decode of the teacher failed.
 ERROR_DECODE = -8
 
@@ -54,6 +56,7 @@ class BundleStruct(ctypes.Structure):
     """struct adl_bundle"""
 
     _fields_ = (
+        ("size", ctypes.c_size_t),
         ("format_version", _u32),
         ("is_adapter", _bool),
         ("id", ctypes.c_char * 65),
@@ -68,6 +71,7 @@ class PairParams(ctypes.Structure):
     """struct adl_pair_params"""
 
     _fields_ = (
+        ("size", ctypes.c_size_t),
         ("model", llama_cpp.llama_model_params),
         ("context", llama_cpp.llama_context_params),
         ("concurrency", ctypes.c_int),
@@ -113,6 +117,14 @@ class DoseStruct(ctypes.Structure):
     _fields_ = (("n_tokens", ctypes.c_int64), ("n_steerable", ctypes.c_int64), ("total", _f64), ("kl", _f64))
 
 
+_Struct = TypeVar("_Struct", bound=ctypes.Structure)
+
+
+def sized(struct: type[_Struct], *values: Any) -> _Struct:
+    """One of the core's structures whose first field is its size, with the values of the others."""
+    return struct(ctypes.sizeof(struct), *values)
+
+
 _batch = llama_cpp.llama_batch
 
 # name -> (result, arguments)
@@ -133,15 +145,18 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "adl_pair_set_epsilon": (_i32, (_p, _f64)),
     "adl_pair_n_ctx": (_u32, (_p,)),
     "adl_pair_n_vocab": (_i32, (_p,)),
-    "adl_pair_get_context": (_p, (_p, _i32)),
+    "adl_pair_get_context": (_p, (_p, ctypes.c_int)),
     "adl_pair_decode": (_i32, (_p, _batch)),
-    "adl_pair_get_logits": (_floats, (_p, _i32)),
+    "adl_pair_get_logits": (_floats, (_p, ctypes.c_int)),
     "adl_pair_memory_clear": (None, (_p,)),
     "adl_pair_memory_seq_rm": (_bool, (_p, _i32, _i32, _i32)),
     "adl_pair_touch": (None, (_p,)),
     "adl_pair_serial": (ctypes.c_uint64, (_p,)),
     "adl_pair_n_rows": (_i32, (_p,)),
-    "adl_pair_adjust": (_i32, (_p, _floats, _i32, ctypes.POINTER(_f64), _f64, ctypes.POINTER(RowStruct))),
+    "adl_pair_adjust": (
+        _i32,
+        (_p, _floats, _i32, ctypes.POINTER(_f64), ctypes.POINTER(_f64), ctypes.POINTER(RowStruct)),
+    ),
     "adl_pair_dose": (_f64, (_p, _i32, _i32)),
     "adl_adjust": (
         _i32,
@@ -150,7 +165,6 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
             *(ctypes.POINTER(_i32), ctypes.c_size_t, _f64, _f64, _f64, ctypes.POINTER(RowStruct)),
         ),
     ),
-    "adl_lockstep_default_params": (LockstepParams, ()),
     "adl_lockstep_init": (_p, (_p, _p, LockstepParams)),
     "adl_lockstep_free": (None, (_p,)),
     "adl_lockstep_decode": (
@@ -161,6 +175,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "adl_lockstep_end": (_i32, (_p, _i32, ctypes.POINTER(RowResult))),
     "adl_lockstep_doses": (_i32, (_p, _i32, _i32, ctypes.POINTER(_i32), ctypes.c_size_t, ctypes.POINTER(_f64))),
     "adl_lockstep_dose": (_f64, (_p, _i32, _i32)),
+    "adl_lockstep_get_logits": (_floats, (_p, _i32, ctypes.c_int)),
     "adl_lockstep_get_stats": (LockstepStats, (_p,)),
     "adl_lockstep_memory_clear": (None, (_p,)),
     "adl_lockstep_memory_seq_rm": (_bool, (_p, _i32, _i32, _i32)),

@@ -34,7 +34,7 @@ def load_files(
     _choose_attention(params, n_gpu_layers)
     model_params = llama_cpp.llama_model_default_params()
     model_params.n_gpu_layers = offloaded(n_gpu_layers)
-    pair_params = native.PairParams(model_params, params, 0, own_epsilon or 0.0)
+    pair_params = native.sized(native.PairParams, model_params, params, 0, own_epsilon or 0.0)
     lib = native.library()
     init = lib.adl_pair_init_from_adapter if is_adapter else lib.adl_pair_init_from_files
     with captured_log() as log:
@@ -53,6 +53,6 @@ def _choose_attention(params: llama_cpp.llama_context_params, n_gpu_layers: int)
     not give the same row.
     """
     on_cpu, automatic = n_gpu_layers == 0, llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
-    plain = (llama_cpp.GGML_TYPE_F32, llama_cpp.GGML_TYPE_F16, llama_cpp.GGML_TYPE_BF16)
+    plain = (llama_cpp.GGML_TYPE_F32, llama_cpp.GGML_TYPE_F16)
     if on_cpu and params.flash_attn_type == automatic and params.type_v in plain:
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED

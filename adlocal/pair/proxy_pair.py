@@ -171,7 +171,7 @@ class ProxyPair(TextAnalysis):
     @property
     def contexts(self) -> tuple[int, int]:
         """llama.cpp's contexts of the proxies at θ + εĝ and θ − εĝ, for reading."""
-        plus, minus = (self._lib.adl_pair_get_context(self.handle, sign) for sign in (1, -1))
+        plus, minus = (self._lib.adl_pair_get_context(self.handle, sign) for sign in (native.PLUS, native.MINUS))
         return plus, minus
 
     @property
@@ -265,8 +265,9 @@ class ProxyPair(TextAnalysis):
             ProxyError: nothing was decoded, or a number that has to be finite is not. Nothing may be sampled.
         """
         n = self._require_rows()
-        out, strengths = (native.RowStruct * n)(), (ctypes.c_double * n)(*[strength] * n)
-        native.check(self._lib.adl_pair_adjust(self.handle, logits, n, strengths, guard, out))
+        strengths, guards = ((ctypes.c_double * n)(*[value] * n) for value in (strength, guard))
+        out = (native.RowStruct * n)()
+        native.check(self._lib.adl_pair_adjust(self.handle, logits, n, strengths, guards, out))
         return [(row.kl, row.n_candidates) for row in out]
 
     def dose(self, row: int, token: int) -> float:
@@ -279,7 +280,8 @@ class ProxyPair(TextAnalysis):
         """(z₊, z₋) of the last decode's output rows, each (rows, n_vocab). Views: valid until the next decode."""
         shape = (self._require_rows(), self.n_vocab)
         plus, minus = (
-            np.ctypeslib.as_array(self._lib.adl_pair_get_logits(self.handle, sign), shape) for sign in (1, -1)
+            np.ctypeslib.as_array(self._lib.adl_pair_get_logits(self.handle, sign), shape)
+            for sign in (native.PLUS, native.MINUS)
         )
         return plus, minus
 

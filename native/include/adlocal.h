@@ -121,6 +121,7 @@ ADL_API int32_t adl_llama_check(const struct adl_llama * llama);
 
 // What the metadata of a bundle's two files say.
 struct adl_bundle {
+    size_t   size; // sizeof(struct adl_bundle), to be set before it is read
     uint32_t format_version;
     bool     is_adapter;    // one proxy and ĝ as a LoRA adapter, instead of two halves
     char     id[65];        // hexadecimal
@@ -132,7 +133,8 @@ struct adl_bundle {
 
 // Reads and validates the directory's two files, whichever format they are of: proxy-plus.gguf and proxy-minus.gguf, or
 // proxy-base.gguf and proxy-adapter.gguf. No weights are read.
-// Returns ADL_OK, ADL_ERROR_BUNDLE or ADL_ERROR_LLAMA. `out` is written on success only.
+// Returns ADL_OK, ADL_ERROR_BUNDLE or ADL_ERROR_LLAMA. `out` is written on success only, and its size is to be set before:
+//     struct adl_bundle bundle = {.size = sizeof bundle};
 ADL_API int32_t adl_bundle_read(const struct adl_llama * llama, const char * dir, struct adl_bundle * out);
 
 // Number of leading token ids that teacher and proxy share. Padding may make one of the vocabularies longer.
@@ -147,6 +149,12 @@ ADL_API int32_t adl_vocab_shared(
 // Both proxies: two contexts, over two models or, made from an adapter, over one.
 struct adl_pair;
 
+// One of the two proxies: the one at θ − εĝ, which gives z₋, or the one at θ + εĝ, which gives z₊.
+enum adl_sign {
+    ADL_MINUS = -1,
+    ADL_PLUS  =  1,
+};
+
 // Which threads evaluate the proxies. Either way no more threads run than the context parameters' n_threads: two at once
 // get half of them each.
 enum adl_concurrency {
@@ -158,6 +166,7 @@ enum adl_concurrency {
 };
 
 struct adl_pair_params {
+    size_t                      size;    // sizeof(struct adl_pair_params)
     struct llama_model_params   model;   // for each model
     struct llama_context_params context; // for each proxy: n_ctx at least the teacher's, n_batch and n_seq_max the teacher's
     enum adl_concurrency        concurrency;
@@ -165,7 +174,7 @@ struct adl_pair_params {
                                          // bundle's; 0: the bundle's. Halves have the one that they were written with.
 };
 
-// llama.cpp's defaults, but n_outputs_max = n_outputs_max_per_seq = 1 (rows of logits a batch may ask for: they size the
+// size, and llama.cpp's defaults, but n_outputs_max = n_outputs_max_per_seq = 1 (rows of logits a batch may ask for: they size the
 // compute buffer; with more sequences at least as many rows are taken), concurrency AUTO and the bundle's epsilon. `llama`
 // must have passed adl_llama_check.
 ADL_API struct adl_pair_params adl_pair_default_params(const struct adl_llama * llama);
@@ -207,10 +216,10 @@ ADL_API double adl_pair_epsilon(const struct adl_pair * pair);
 // llama.cpp refuses; then the pair keeps its ε, and adl_pair_decode attaches the adapter at it again or fails.
 ADL_API int32_t adl_pair_set_epsilon(struct adl_pair * pair, double epsilon);
 
-// The proxy at θ + sign εĝ, for reading: performance counters, saved states. Decoding in it parts the pair; a state set in
+// One proxy, for reading: performance counters, saved states. Decoding in it parts the pair; a state set in
 // both is to be followed by adl_pair_touch. One model serves both signs where the pair was made from an adapter.
-ADL_API struct llama_context * adl_pair_get_context(const struct adl_pair * pair, int32_t sign);
-ADL_API struct llama_model *   adl_pair_get_model  (const struct adl_pair * pair, int32_t sign);
+ADL_API struct llama_context * adl_pair_get_context(const struct adl_pair * pair, enum adl_sign sign);
+ADL_API struct llama_model *   adl_pair_get_model  (const struct adl_pair * pair, enum adl_sign sign);
 
 // Evaluates a batch in both proxies, as llama_decode: same tokens, positions, sequences and output flags as the teacher's.
 // Embeddings instead of tokens are refused.
@@ -221,9 +230,9 @@ ADL_API int32_t adl_pair_decode(struct adl_pair * pair, struct llama_batch batch
 // The sticky error in words, NULL if there is none. Valid until the next call that changes the pair.
 ADL_API const char * adl_pair_error(const struct adl_pair * pair);
 
-// Logits of the last decode's output rows in the order of the batch, n_rows × adl_pair_n_vocab; sign +1: z₊, −1: z₋.
+// One proxy's logits of the last decode's output rows in the order of the batch, n_rows × adl_pair_n_vocab.
 // NULL if there are none. Valid until the next decode.
-ADL_API const float * adl_pair_get_logits(struct adl_pair * pair, int32_t sign);
+ADL_API const float * adl_pair_get_logits(struct adl_pair * pair, enum adl_sign sign);
 
 // The memory operations of llama.h, on both proxies. They leave no rows to adjust.
 // seq_rm returns false where the memory cannot forget a part (recurrent models): clear it then, and decode afresh.
@@ -271,11 +280,13 @@ ADL_API int32_t adl_adjust(
 //   logits     (n_rows × n_vocab of the teacher) llama_get_logits(teacher)
 //   n_rows     what adl_pair_decode returned
 //   strength   (n_rows) typical shift of a plausible token's logit, in nats, for each row; 0 leaves a row as it is
+//   guard      (n_rows) share of the top token's probability that a candidate needs, 0 to 1, for each row
 //   rows       (n_rows) written on success
 // Returns ADL_OK or an error. On an error every row is closed: the teacher's end-of-generation tokens are all that can be
 // sampled. (A pair that was made without a teacher cannot know their number, and leaves the rows alone.)
 ADL_API int32_t adl_pair_adjust(
-        struct adl_pair * pair, float * logits, int32_t n_rows, const double * strength, double guard, struct adl_row * rows);
+        struct adl_pair * pair, float * logits, int32_t n_rows, const double * strength, const double * guard,
+        struct adl_row * rows);
 
 // Δ(token) − E[Δ] of a token for a row of the last decode, adjusted or not. Summed over a text it is the text's dose: to
 // first order, how much a training step on it raises the proxy's loss. 0 for a token beyond the proxy's vocabulary, NaN if
@@ -380,6 +391,10 @@ ADL_API double adl_lockstep_dose(const struct adl_lockstep * lockstep, int32_t r
 ADL_NODISCARD ADL_API int32_t adl_lockstep_doses(
         struct adl_lockstep * lockstep, llama_seq_id seq_id, llama_pos pos, const llama_token * tokens, size_t n_tokens,
         double * doses);
+
+// z₊ or z₋ of a row of the last step, adl_pair_n_vocab numbers. NULL where the pair was not evaluated for it. Valid until the
+// next begin, memory_clear or restore.
+ADL_API const float * adl_lockstep_get_logits(const struct adl_lockstep * lockstep, int32_t row, enum adl_sign sign);
 
 ADL_API struct adl_lockstep_stats adl_lockstep_get_stats(const struct adl_lockstep * lockstep);
 

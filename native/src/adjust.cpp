@@ -396,15 +396,6 @@ double expectation(const Proxies & p, double epsilon) {
     return weighted / mass / (2 * epsilon);
 }
 
-void delta(const Proxies & p, double epsilon, float * out) noexcept {
-    const float *plus = p.plus, *minus = p.minus;
-    const float  two_epsilon = static_cast<float>(2 * epsilon);
-#pragma omp simd
-    for (int32_t i = 0; i < p.n; ++i) {
-        out[i] = (plus[i] - minus[i]) / two_epsilon;
-    }
-}
-
 int32_t n_candidates(const float * logits, int32_t n, int32_t n_shared, double guard, const Ends & ends) {
     const float top = top_of(logits, 0, n);
     const float floor = floor_of(top, guard);

@@ -32,9 +32,6 @@ void check_strength(double strength, double guard);
 // E[Δ] under softmax((z₊ + z₋) / 2). NaN if any of the logits is NaN or +inf.
 double expectation(const Proxies & proxies, double epsilon);
 
-// Δ of every token that the proxies know, as `adjust` computes it.
-void delta(const Proxies & proxies, double epsilon, float * out) noexcept;
-
 // How many of the teacher's tokens below n_shared pass the guard, without ends: what adjust() would count. Throws Error when
 // the row is no numbers.
 int32_t n_candidates(const float * logits, int32_t n, int32_t n_shared, double guard, const Ends & ends);

@@ -230,6 +230,7 @@ adl_bundle read_bundle(const adl_llama & llama, const char * dir) {
     }
 
     adl_bundle bundle     = {};
+    bundle.size           = sizeof bundle;
     bundle.format_version = FORMAT_VERSION;
     bundle.is_adapter     = is_adapter;
     copy_id(dir, first.text(ID), bundle.id);
@@ -248,6 +249,7 @@ int32_t adl_bundle_read(const struct adl_llama * llama, const char * dir, struct
         if (out == nullptr) {
             throw adl::Error{ADL_ERROR_INPUT, "adl_bundle_read: out is NULL"};
         }
+        adl::check_own_size("adl_bundle", out->size, sizeof *out);
         *out = adl::read_bundle(*llama, dir);
         return static_cast<int32_t>(ADL_OK);
     });

@@ -38,6 +38,13 @@ std::string format(const char * fmt, ...) {
     return std::string(buffer, cut(buffer, sizeof Kept::message - 1));
 }
 
+void check_own_size(const char * name, size_t hosts, size_t ours) {
+    if (hosts != ours) {
+        throw Error{ADL_ERROR_INPUT, format("struct %s has %zu bytes in the host and %zu in adlocal %s; set its size, and compile with that "
+                                            "version's adlocal.h", name, hosts, ours, ADL_VERSION)};
+    }
+}
+
 int32_t keep(int32_t status, const char * message) noexcept {
     const size_t n = cut(message, sizeof kept.message - 1);
     kept.status    = status;

@@ -22,6 +22,9 @@ __attribute__((format(printf, 1, 2)))
 #endif
 std::string format(const char * fmt, ...);
 
+// Throws Error{ADL_ERROR_INPUT} unless one of our structures is as large in the host as here.
+void check_own_size(const char * name, size_t hosts, size_t ours);
+
 // Bytes of the first `most` of a UTF-8 text that are whole characters.
 size_t cut(const char * text, size_t most) noexcept;
 

@@ -205,7 +205,7 @@ void adl_lockstep::commit() noexcept {
         if (entry.output) {
             const llama_seq_id seq_id = entry.seq_ids[0];
             const auto         params = params_[outputs_.size()];
-            outputs_.push_back({params, {0.0, 0, false, false}, seq_id, sequence(seq_id).cells.size() - 1, {}, 0.0});
+            outputs_.push_back({params, {0.0, 0, false, false}, seq_id, sequence(seq_id).cells.size() - 1, {}});
             sequence(seq_id).steered = is_steered(params);
         }
     }
@@ -355,14 +355,15 @@ void adl_lockstep::finish(Output & output, int32_t row, int32_t pair_row) {
     try {
         const bool protect = output.params.mode == ADL_MODE_PROTECT;
         float *    logits  = row_of(row);
+        double     mean    = 0;
         if (protect) {
             const adl_row adjusted = pair.adjust_row(logits, pair_row, output.params.strength, output.params.guard);
             output.result.kl       = adjusted.kl;
-            output.mean            = adjusted.mean;
+            mean                   = adjusted.mean;
         } else {
-            output.mean = pair.expectation(pair_row);
+            mean = pair.expectation(pair_row);
         }
-        pair.copy_delta(pair_row, output.delta);
+        output.proxies          = pair.copy_row(pair_row, mean);
         output.result.evaluated = true;
         ++stats_.n_evaluated;
     } catch (const Error & error) {
@@ -379,12 +380,19 @@ void adl_lockstep::fail(Output & output, int32_t row, const Error & error) {
     }
 }
 
+// The proxies' side of a row of the last step, NULL where the pair was not evaluated for it.
+const adl::Evaluated * adl_lockstep::evaluated(int32_t row) const noexcept {
+    return row >= 0 && row < n_rows() && outputs_[row].result.evaluated ? &outputs_[row].proxies : nullptr;
+}
+
 double adl_lockstep::dose(int32_t row, llama_token token) const noexcept {
-    if (row < 0 || row >= n_rows() || token < 0 || !outputs_[row].result.evaluated) {
-        return std::numeric_limits<double>::quiet_NaN();
-    }
-    const Output & output = outputs_[row];
-    return static_cast<size_t>(token) < output.delta.size() ? static_cast<double>(output.delta[token]) - output.mean : 0.0;
+    const adl::Evaluated * proxies = evaluated(row);
+    return proxies != nullptr && token >= 0 ? proxies->dose(token) : std::numeric_limits<double>::quiet_NaN();
+}
+
+const float * adl_lockstep::logits(int32_t row, adl_sign sign) const noexcept {
+    const adl::Evaluated * proxies = evaluated(row);
+    return proxies == nullptr ? nullptr : (sign == ADL_PLUS ? proxies->plus : proxies->minus).data();
 }
 
 // The rows before the tokens are evaluated afresh, in batches of as many as the pair has room for.

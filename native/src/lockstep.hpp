@@ -38,12 +38,11 @@ struct Entry {
 
 // A row of the teacher's last decode.
 struct Output {
-    adl_row_params     params;
-    adl_row_result     result;
-    llama_seq_id       seq_id; // one of those whose row it is
-    size_t             cell;   // the last token before it, among its sequence's cells
-    std::vector<float> delta;  // of the proxies' tokens, where it was evaluated
-    double             mean;   // E[Δ]
+    adl_row_params params;
+    adl_row_result result;
+    llama_seq_id   seq_id;  // one of those whose row it is
+    size_t         cell;    // the last token before it, among its sequence's cells
+    Evaluated      proxies; // theirs, where it was evaluated
 };
 
 } // namespace adl
@@ -60,6 +59,7 @@ struct adl_lockstep {
     const adl_row_result & result(int32_t row) const { return outputs_[row].result; }
     double                 dose(int32_t row, llama_token token) const noexcept;
     void                   doses(llama_seq_id seq_id, llama_pos pos, const llama_token * tokens, size_t n_tokens, double * out);
+    const float *          logits(int32_t row, adl_sign sign) const noexcept;
     adl_lockstep_stats     stats() const { return stats_; }
     size_t                 n_held(llama_seq_id seq_id) const;
 
@@ -101,6 +101,8 @@ struct adl_lockstep {
     void            follow_pair() noexcept;
     void            rm(llama_seq_id seq_id, adl::Sequence & sequence, llama_pos p0, llama_pos p1);
     float *         row_of(int32_t row) const;
+
+    const adl::Evaluated * evaluated(int32_t row) const noexcept;
 
     const adl_llama &                     llama_;
     const llama_memory_t                  memory_; // the teacher's

@@ -29,10 +29,7 @@ struct adl_lockstep_params adl_lockstep_default_params(void) {
 
 struct adl_lockstep * adl_lockstep_init(struct adl_pair * pair, struct llama_context * teacher, struct adl_lockstep_params params) {
     return adl::guarded<adl_lockstep *>(nullptr, [&] {
-        if (params.size != sizeof(adl_lockstep_params)) {
-            throw Error{ADL_ERROR_INPUT, format("struct adl_lockstep_params has %zu bytes in the host and %zu in adlocal; take "
-                                                "adl_lockstep_default_params of one adlocal.h", params.size, sizeof(adl_lockstep_params))};
-        }
+        adl::check_own_size("adl_lockstep_params", params.size, sizeof params);
         if (pair == nullptr || pair->n_vocab_teacher == 0) {
             throw Error{ADL_ERROR_INPUT, "a lockstep needs a pair that was made with a teacher"};
         }
@@ -94,6 +91,10 @@ int32_t adl_lockstep_doses(
         }
         lockstep->doses(seq_id, pos, tokens, n_tokens, doses);
     });
+}
+
+const float * adl_lockstep_get_logits(const struct adl_lockstep * lockstep, int32_t row, enum adl_sign sign) {
+    return lockstep->logits(row, sign);
 }
 
 struct adl_lockstep_stats adl_lockstep_get_stats(const struct adl_lockstep * lockstep) {

@@ -266,7 +266,7 @@ const float * adl_pair::logits(const adl::Proxy & proxy) {
     return n_rows_ > 0 ? llama.llama_get_logits(proxy.context) : nullptr;
 }
 
-void adl_pair::adjust(float * logits, int32_t n_rows, const double * strength, double guard, adl_row * rows) {
+void adl_pair::adjust(float * logits, int32_t n_rows, const double * strength, const double * guard, adl_row * rows) {
     if (n_vocab_teacher == 0) {
         throw Error{ADL_ERROR_INPUT, "this pair was made without a teacher and adjusts nothing; give the teacher's model when making it"};
     }
@@ -274,15 +274,15 @@ void adl_pair::adjust(float * logits, int32_t n_rows, const double * strength, d
         throw Error{ADL_ERROR_INPUT, "adl_pair_adjust: logits is NULL"};
     }
     try {
-        if (strength == nullptr || rows == nullptr) {
-            throw Error{ADL_ERROR_INPUT, "adl_pair_adjust: strength or rows is NULL"};
+        if (strength == nullptr || guard == nullptr || rows == nullptr) {
+            throw Error{ADL_ERROR_INPUT, "adl_pair_adjust: strength, guard or rows is NULL"};
         }
         if (n_rows < 1 || n_rows != n_rows_) {
             throw Error{ADL_ERROR_PROXY, format("%d rows to adjust, and the pair has evaluated %d; decode the teacher's batch in the pair first",
                                                 n_rows, n_rows_)};
         }
         for (int32_t row = 0; row < n_rows; ++row) {
-            adjust_row(logits + static_cast<size_t>(row) * n_vocab_teacher, row, strength[row], guard);
+            adjust_row(logits + static_cast<size_t>(row) * n_vocab_teacher, row, strength[row], guard[row]);
         }
         std::copy_n(rows_.begin(), n_rows, rows);
     } catch (...) {
@@ -307,10 +307,9 @@ double adl_pair::expectation(int32_t row) {
     return adl::expectation(proxies(row), epsilon);
 }
 
-void adl_pair::copy_delta(int32_t row, std::vector<float> & delta) {
+adl::Evaluated adl_pair::copy_row(int32_t row, double mean) {
     const adl::Proxies both = proxies(row);
-    delta.resize(n_vocab);
-    adl::delta(both, epsilon, delta.data());
+    return {{both.plus, both.plus + both.n}, {both.minus, both.minus + both.n}, mean, epsilon};
 }
 
 adl::Proxies adl_pair::proxies(int32_t row) {

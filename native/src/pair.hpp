@@ -12,6 +12,22 @@
 #include <string>
 #include <vector>
 
+namespace adl {
+
+// Both proxies' logits for one position, for use after the pair's next decode.
+struct Evaluated {
+    std::vector<float> plus;
+    std::vector<float> minus;
+    double             mean;    // E[Δ]
+    double             epsilon; // that of these rows: the pair's may change before they are used
+
+    double dose(llama_token token) const noexcept {
+        return adl::dose({plus.data(), minus.data(), static_cast<int32_t>(plus.size())}, token, epsilon, mean);
+    }
+};
+
+} // namespace adl
+
 // What adlocal.h calls a pair. Methods throw adl::Error.
 struct adl_pair {
   public:
@@ -33,7 +49,7 @@ struct adl_pair {
     void set_epsilon(double value);
 
     // Adjusts n_rows rows in place, or throws and leaves them closed.
-    void adjust(float * logits, int32_t n_rows, const double * strength, double guard, adl_row * rows);
+    void adjust(float * logits, int32_t n_rows, const double * strength, const double * guard, adl_row * rows);
 
     // The same for one row of the last decode.
     adl_row adjust_row(float * logits, int32_t row, double strength, double guard);
@@ -41,9 +57,9 @@ struct adl_pair {
     // How many tokens of a teacher's row pass the guard. Throws where the row is no numbers.
     int32_t n_candidates(const float * logits, double guard) const;
 
-    // E[Δ] of a row of the last decode, and its Δ.
-    double expectation(int32_t row);
-    void   copy_delta(int32_t row, std::vector<float> & delta);
+    // E[Δ] of a row of the last decode, and a copy of that row with its E[Δ].
+    double         expectation(int32_t row);
+    adl::Evaluated copy_row(int32_t row, double mean);
 
     // Makes end-of-generation all that a row can be sampled for.
     void close_row(float * logits) const noexcept;

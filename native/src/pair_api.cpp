@@ -15,6 +15,7 @@ namespace {
 
 adl_pair * make_pair(const adl_llama * llama, const adl::Source & source, double epsilon, double delta_scale, const llama_model * teacher,
                      adl_pair_params params) {
+    adl::check_own_size("adl_pair_params", params.size, sizeof params);
     uint32_t & n_outputs_max = params.context.n_outputs_max;
     if (n_outputs_max != 0) { // llama.cpp ends the process when there are fewer rows than sequences
         n_outputs_max = std::max(n_outputs_max, params.context.n_seq_max);
@@ -44,10 +45,15 @@ int32_t with(adl_pair * pair, Body && body) {
     });
 }
 
+const adl::Proxy & proxy_of(const adl_pair * pair, adl_sign sign) {
+    return sign == ADL_PLUS ? pair->plus : pair->minus;
+}
+
 } // namespace
 
 struct adl_pair_params adl_pair_default_params(const struct adl_llama * llama) {
-    adl_pair_params params = {llama->llama_model_default_params(), llama->llama_context_default_params(), ADL_CONCURRENCY_AUTO, 0.0};
+    adl_pair_params params = {sizeof(adl_pair_params), llama->llama_model_default_params(), llama->llama_context_default_params(),
+                              ADL_CONCURRENCY_AUTO, 0.0};
     params.context.n_outputs_max = params.context.n_outputs_max_per_seq = 1;
     params.context.kv_unified = true; // any subset of sequences is one graph
     return params;
@@ -94,12 +100,12 @@ int32_t adl_pair_n_shared(const struct adl_pair * pair) {
     return pair->n_shared;
 }
 
-struct llama_context * adl_pair_get_context(const struct adl_pair * pair, int32_t sign) {
-    return sign > 0 ? pair->plus.context : pair->minus.context;
+struct llama_context * adl_pair_get_context(const struct adl_pair * pair, enum adl_sign sign) {
+    return proxy_of(pair, sign).context;
 }
 
-struct llama_model * adl_pair_get_model(const struct adl_pair * pair, int32_t sign) {
-    return (sign > 0 ? pair->plus : pair->minus).model.handle;
+struct llama_model * adl_pair_get_model(const struct adl_pair * pair, enum adl_sign sign) {
+    return proxy_of(pair, sign).model.handle;
 }
 
 double adl_pair_epsilon(const struct adl_pair * pair) {
@@ -121,8 +127,8 @@ const char * adl_pair_error(const struct adl_pair * pair) {
     return *pair->error ? pair->error : nullptr;
 }
 
-const float * adl_pair_get_logits(struct adl_pair * pair, int32_t sign) {
-    return pair->logits(sign > 0 ? pair->plus : pair->minus);
+const float * adl_pair_get_logits(struct adl_pair * pair, enum adl_sign sign) {
+    return pair->logits(proxy_of(pair, sign));
 }
 
 void adl_pair_memory_clear(struct adl_pair * pair) {
@@ -146,7 +152,8 @@ void adl_pair_touch(struct adl_pair * pair) {
 }
 
 int32_t adl_pair_adjust(
-        struct adl_pair * pair, float * logits, int32_t n_rows, const double * strength, double guard, struct adl_row * rows) {
+        struct adl_pair * pair, float * logits, int32_t n_rows, const double * strength, const double * guard,
+        struct adl_row * rows) {
     return with(pair, [&] {
         pair->adjust(logits, n_rows, strength, guard, rows);
         return static_cast<int32_t>(ADL_OK);

@@ -15,14 +15,6 @@ namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 
-// The proxies' logits for one position. Shared by clones, never changed.
-struct Evaluated {
-    std::vector<float> plus;
-    std::vector<float> minus;
-    double             mean;    // E[Δ]
-    double             epsilon; // that of these rows: the pair's may change before they are used
-};
-
 // Room for one application. Not state: a copy starts without, which keeps clones cheap.
 struct Scratch {
     Scratch() = default;
@@ -104,13 +96,7 @@ class Sampler {
         }
         const std::lock_guard<std::mutex> lock(pair_->mutex);
         pair_->follow(tokens_);
-        auto          now  = std::make_shared<Evaluated>();
-        const float * plus = pair_->logits(pair_->plus), *minus = pair_->logits(pair_->minus);
-        now->plus.assign(plus, plus + pair_->n_vocab);
-        now->minus.assign(minus, minus + pair_->n_vocab);
-        now->mean    = expectation({plus, minus, pair_->n_vocab}, pair_->epsilon);
-        now->epsilon = pair_->epsilon;
-        evaluated_ = std::move(now);
+        evaluated_ = std::make_shared<Evaluated>(pair_->copy_row(0, pair_->expectation(0)));
     }
 
     void adjust(llama_token_data_array * candidates) {
@@ -170,8 +156,7 @@ class Sampler {
         ++dose_.n_tokens;
         dose_.n_steerable += row_.n_candidates > 1 ? 1 : 0;
         dose_.kl += row_.kl;
-        const Proxies proxies = {evaluated_->plus.data(), evaluated_->minus.data(), pair_->n_vocab};
-        dose_.total += adl::dose(proxies, token, evaluated_->epsilon, evaluated_->mean);
+        dose_.total += evaluated_->dose(token);
     }
 
     bool is_end(llama_token token) const {
@@ -210,7 +195,7 @@ class Sampler {
     double                           strength_;
     double                           guard_;
     std::vector<llama_token>         tokens_;
-    std::shared_ptr<const Evaluated> evaluated_; // at the position after tokens_
+    std::shared_ptr<const Evaluated> evaluated_; // at the position after tokens_; clones share it
     bool                             applied_ = false;
     adl_row                          row_     = {}; // of the last apply
     adl_dose                         dose_    = {};

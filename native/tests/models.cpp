@@ -66,6 +66,12 @@ std::map<std::string, Value> keys(int32_t sign) {
     };
 }
 
+adl_bundle empty_bundle() {
+    adl_bundle bundle = {};
+    bundle.size       = sizeof bundle;
+    return bundle;
+}
+
 static File half(int32_t sign) {
     File f;
     f.keys      = keys(sign);

@@ -28,6 +28,9 @@ fake::Vocab vocab(int32_t n);
 // Every key of a half; `sign` is +1 or −1.
 std::map<std::string, fake::Value> keys(int32_t sign);
 
+// What adl_bundle_read is given.
+adl_bundle empty_bundle();
+
 // Starts a test: forgets what was, and writes the teacher and the bundle.
 void install();
 

@@ -25,7 +25,7 @@ void check_at(adl_pair * pair, double epsilon) {
     CHECK_EQ(adl_pair_epsilon(pair), epsilon);
     adl_pair_memory_clear(pair);
     CHECK_EQ(decode(pair, tokens), 1);
-    for (const int32_t sign : {1, -1}) {
+    for (const adl_sign sign : {ADL_PLUS, ADL_MINUS}) {
         const std::vector<float> own    = at(sign * epsilon, tokens);
         const float *            logits = adl_pair_get_logits(pair, sign);
         CHECK(logits != nullptr && std::equal(own.begin(), own.end(), logits));
@@ -62,8 +62,8 @@ TEST(one_model_and_one_adapter_for_both_signs) {
     CHECK_EQ(fake::counts().models, 2);
     CHECK_EQ(fake::counts().adapters, 1);
     CHECK_EQ(fake::counts().contexts, 2);
-    CHECK(adl_pair_get_model(host.pair, 1) == adl_pair_get_model(host.pair, -1));
-    CHECK(adl_pair_get_context(host.pair, 1) != adl_pair_get_context(host.pair, -1));
+    CHECK(adl_pair_get_model(host.pair, ADL_PLUS) == adl_pair_get_model(host.pair, ADL_MINUS));
+    CHECK(adl_pair_get_context(host.pair, ADL_PLUS) != adl_pair_get_context(host.pair, ADL_MINUS));
     CHECK_EQ(adl_pair_n_vocab(host.pair), N_PROXY);
     CHECK_EQ(adl_pair_n_shared(host.pair), N_PROXY);
     check_at(host.pair, EPSILON);
@@ -93,9 +93,9 @@ TEST(another_epsilon_later) {
         adl_pair_memory_clear(host.pair);
         CHECK_EQ(decode(host.pair, {3, 4}), 1);
         CHECK_EQ(adl_pair_set_epsilon(host.pair, epsilon), ADL_OK);
-        CHECK(adl_pair_get_logits(host.pair, 1) == nullptr);
+        CHECK(adl_pair_get_logits(host.pair, ADL_PLUS) == nullptr);
         CHECK(std::isnan(adl_pair_dose(host.pair, 0, 3)));
-        for (const int32_t sign : {1, -1}) {
+        for (const adl_sign sign : {ADL_PLUS, ADL_MINUS}) {
             CHECK(fake::memory(adl_pair_get_context(host.pair, sign), 0).empty());
         }
         check_at(host.pair, epsilon);
@@ -113,6 +113,27 @@ TEST(the_dose_is_over_the_epsilon_in_force) {
     CHECK_EQ(adl_pair_set_epsilon(host.pair, 25 * EPSILON), ADL_OK);
     CHECK_EQ(decode(host.pair, {3, 4}), 1);
     CHECK_NEAR(adl_pair_dose(host.pair, 0, 7), dose, 0.1 * std::fabs(dose));
+}
+
+TEST(a_step_keeps_the_epsilon_it_was_evaluated_at) {
+    install_adapter();
+    const Host           host    = adapter_host();
+    const Tokens         tokens  = {5, 6};
+    const adl_row_params row     = {0, 0.05, ADL_MODE_OBSERVE, true};
+    llama_context *      context = llama_init_from_model(host.teacher, llama_context_default_params());
+    adl_lockstep *       step    = adl_lockstep_init(host.pair, context, adl_lockstep_default_params());
+    CHECK_EQ(adl_lockstep_decode(step, Batch(tokens).get(), &row, 1, nullptr), ADL_OK);
+    const double dose = adl_lockstep_dose(step, 0, 7);
+    CHECK(std::fabs(dose) > 0.01);
+    CHECK_EQ(adl_pair_set_epsilon(host.pair, 25 * EPSILON), ADL_OK);
+    CHECK_EQ(adl_lockstep_dose(step, 0, 7), dose);
+    for (const adl_sign sign : {ADL_PLUS, ADL_MINUS}) {
+        const std::vector<float> own    = at(sign * EPSILON, tokens);
+        const float *            logits = adl_lockstep_get_logits(step, 0, sign);
+        CHECK(logits != nullptr && std::equal(own.begin(), own.end(), logits));
+    }
+    adl_lockstep_free(step);
+    llama_free(context);
 }
 
 TEST(a_sampler_finishes_its_position_at_the_epsilon_it_was_evaluated_at) {
@@ -159,7 +180,7 @@ TEST(no_epsilon_that_an_adapter_cannot_be_scaled_by) {
     for (const double epsilon : {0.0, -1.0, std::nan(""), HUGE_VAL, 1e-60, 1e60}) {
         CHECK_EQ(adl_pair_set_epsilon(host.pair, epsilon), ADL_ERROR_INPUT);
         CHECK_EQ(adl_pair_epsilon(host.pair), EPSILON);
-        CHECK(adl_pair_get_logits(host.pair, 1) != nullptr);
+        CHECK(adl_pair_get_logits(host.pair, ADL_PLUS) != nullptr);
     }
     check_at(host.pair, EPSILON);
     CHECK_EQ(adl_pair_set_epsilon(nullptr, 1), ADL_ERROR_INPUT);
@@ -175,7 +196,7 @@ TEST(halves_have_the_epsilon_that_they_were_written_with) {
     CHECK_EQ(adl_pair_set_epsilon(host.pair, 0.5), ADL_ERROR_INPUT);
     CHECK_CONTAINS(adl_last_error(), "written at 0.01, which cannot be changed");
     CHECK_EQ(adl_pair_epsilon(host.pair), EPSILON);
-    CHECK(adl_pair_get_logits(host.pair, 1) != nullptr);
+    CHECK(adl_pair_get_logits(host.pair, ADL_PLUS) != nullptr);
     adl_pair_free(std::exchange(host.pair, nullptr));
     llama_model_free(std::exchange(host.teacher, nullptr));
     for (const double epsilon : {0.5, -1.0, std::nan("")}) {
@@ -213,7 +234,7 @@ TEST(an_epsilon_that_llama_cpp_refuses_is_not_half_in_force) {
         const Host host                   = adapter_host();
         fake::file(ADAPTER).faults.set_in = in;
         CHECK_EQ(adl_pair_set_epsilon(host.pair, 0.5), ADL_ERROR_PROXY);
-        CHECK(adl_pair_get_logits(host.pair, 1) == nullptr);
+        CHECK(adl_pair_get_logits(host.pair, ADL_PLUS) == nullptr);
         check_at(host.pair, EPSILON);
     }
 }
@@ -241,15 +262,15 @@ TEST(a_pair_whose_adapter_cannot_be_attached_computes_nothing) {
 // Checks that reading the adapter bundle fails in these words.
 void check_refused(const std::string & words) {
     const adl_llama llama = fake_llama_table();
-    adl_bundle      out;
+    adl_bundle      out   = empty_bundle();
     CHECK_EQ(adl_bundle_read(&llama, ADAPTER_DIR, &out), ADL_ERROR_BUNDLE);
     CHECK_CONTAINS(adl_last_error(), words);
 }
 
 TEST(an_adapter_bundle_is_read) {
     install_adapter();
-    const adl_llama llama = fake_llama_table();
-    adl_bundle      bundle;
+    const adl_llama llama  = fake_llama_table();
+    adl_bundle      bundle = empty_bundle();
     CHECK_EQ(adl_bundle_read(&llama, ADAPTER_DIR, &bundle), ADL_OK);
     CHECK(bundle.is_adapter);
     CHECK_EQ(bundle.epsilon, EPSILON);

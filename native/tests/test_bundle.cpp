@@ -19,6 +19,7 @@ void check_refused(const std::string & words, const char * dir = DIR) {
     adl_bundle      before, out;
     std::memset(&before, 0x5a, sizeof before);
     std::memset(&out, 0x5a, sizeof out);
+    before.size = out.size = sizeof out;
     CHECK_EQ(adl_bundle_read(&llama, dir, &out), ADL_ERROR_BUNDLE);
     CHECK_CONTAINS(adl_last_error(), words);
     CHECK_EQ(adl_last_status(), ADL_ERROR_BUNDLE);
@@ -48,9 +49,10 @@ Value of_other_type(const Value & value) {
 
 TEST(a_good_bundle_is_read) {
     models::install();
-    const adl_llama llama = fake_llama_table();
-    adl_bundle      bundle;
+    const adl_llama llama  = fake_llama_table();
+    adl_bundle      bundle = models::empty_bundle();
     CHECK_EQ(adl_bundle_read(&llama, DIR, &bundle), ADL_OK);
+    CHECK_EQ(bundle.size, sizeof bundle);
     CHECK_EQ(bundle.format_version, 2u);
     CHECK(!bundle.is_adapter);
     CHECK_EQ(std::string(bundle.id), models::BUNDLE_ID);
@@ -89,8 +91,8 @@ TEST(arrays_may_be_empty) {
     models::install();
     set_both("adlocal.carriers.names", texts({}));
     set_both("adlocal.sweep.slope", f64s({}));
-    const adl_llama llama = fake_llama_table();
-    adl_bundle      bundle;
+    const adl_llama llama  = fake_llama_table();
+    adl_bundle      bundle = models::empty_bundle();
     CHECK_EQ(adl_bundle_read(&llama, DIR, &bundle), ADL_OK);
 }
 
@@ -98,8 +100,8 @@ TEST(keys_may_be_in_any_order_and_others_beside_them) {
     models::install();
     file(PLUS).keys["aaa"]   = u32(1); // moves every index of one half
     file(MINUS).keys["zzz"]  = text("");
-    const adl_llama llama = fake_llama_table();
-    adl_bundle      bundle;
+    const adl_llama llama  = fake_llama_table();
+    adl_bundle      bundle = models::empty_bundle();
     CHECK_EQ(adl_bundle_read(&llama, DIR, &bundle), ADL_OK);
 }
 
@@ -110,6 +112,19 @@ TEST(arguments_are_checked) {
     check_refused("adlocal convert", nullptr);
     check_refused("nowhere/proxy-plus.gguf", "nowhere");
     check_refused("proxy-plus.gguf", "");
+}
+
+TEST(a_bundle_of_another_size_is_not_written) {
+    models::install();
+    const adl_llama llama = fake_llama_table();
+    for (const size_t size : {size_t{0}, sizeof(adl_bundle) - 8, sizeof(adl_bundle) + 8}) {
+        adl_bundle bundle = models::empty_bundle();
+        bundle.size       = size;
+        CHECK_EQ(adl_bundle_read(&llama, DIR, &bundle), ADL_ERROR_INPUT);
+        CHECK_CONTAINS(adl_last_error(), "struct adl_bundle has " + std::to_string(size) + " bytes in the host");
+        CHECK_EQ(bundle.size, size);
+        CHECK_EQ(bundle.epsilon, 0.0);
+    }
 }
 
 TEST(a_missing_half_is_named) {

@@ -26,14 +26,14 @@ void decode_singles(adl_pair * pair, int n) {
         CHECK_EQ(adl_pair_decode(pair, Batch({5}).get()), 1);
     }
     const std::vector<float> own = fake::logits(MINUS, {5});
-    CHECK(std::equal(own.begin(), own.end(), adl_pair_get_logits(pair, -1)));
+    CHECK(std::equal(own.begin(), own.end(), adl_pair_get_logits(pair, ADL_MINUS)));
 }
 
 void decode_batch(adl_pair * pair, int n) {
     adl_pair_memory_clear(pair);
     CHECK_EQ(adl_pair_decode(pair, Batch(Tokens(n, 5)).get()), 1);
     const std::vector<float> own = fake::logits(MINUS, Tokens(n, 5));
-    CHECK(std::equal(own.begin(), own.end(), adl_pair_get_logits(pair, -1)));
+    CHECK(std::equal(own.begin(), own.end(), adl_pair_get_logits(pair, ADL_MINUS)));
 }
 
 bool only_this_thread_decoded() {
@@ -127,9 +127,9 @@ TEST(auto_keeps_turns_where_the_halves_share_a_queue) {
     decode_batch(host.pair, 8);
     CHECK_EQ(fake::counts().max_together, 1);
     CHECK(only_this_thread_decoded());
-    CHECK_EQ(fake::n_threads(adl_pair_get_context(host.pair, 1)), 4); // back to all
-    CHECK_EQ(fake::n_threads(adl_pair_get_context(host.pair, -1)), 4);
-    CHECK_EQ(fake::n_threads_batch(adl_pair_get_context(host.pair, -1)), 4);
+    CHECK_EQ(fake::n_threads(adl_pair_get_context(host.pair, ADL_PLUS)), 4); // back to all
+    CHECK_EQ(fake::n_threads(adl_pair_get_context(host.pair, ADL_MINUS)), 4);
+    CHECK_EQ(fake::n_threads_batch(adl_pair_get_context(host.pair, ADL_MINUS)), 4);
 }
 
 TEST(auto_times_single_tokens_to_their_end) {
@@ -142,8 +142,8 @@ TEST(auto_times_single_tokens_to_their_end) {
     }
     CHECK(only_this_thread_decoded());
     time_both_ways(host.pair);
-    const int plus  = fake::n_synchronizes(adl_pair_get_context(host.pair, 1)); // a GPU works on after llama_decode
-    const int minus = fake::n_synchronizes(adl_pair_get_context(host.pair, -1));
+    const int plus  = fake::n_synchronizes(adl_pair_get_context(host.pair, ADL_PLUS)); // a GPU works on after llama_decode
+    const int minus = fake::n_synchronizes(adl_pair_get_context(host.pair, ADL_MINUS));
     CHECK(plus > 0 && plus == minus);
 }
 
@@ -176,7 +176,7 @@ TEST(a_failure_in_either_thread_is_reported) {
             fake::file(path).faults.throws      = throws;
             CHECK_EQ(adl_pair_decode(host.pair, Batch({6}, 1).get()), ADL_ERROR_PROXY);
             CHECK_CONTAINS(adl_last_error(), words);
-            CHECK(adl_pair_get_logits(host.pair, 1) == nullptr);
+            CHECK(adl_pair_get_logits(host.pair, ADL_PLUS) == nullptr);
             decode_singles(host.pair, 2); // clears first
         }
     }

@@ -90,10 +90,26 @@ Expected expected(const Tokens & tokens, const adl_row_params & params) {
 }
 
 bool same(const float * row, const std::vector<float> & logits) {
-    return std::equal(logits.begin(), logits.end(), row);
+    return row != nullptr && std::equal(logits.begin(), logits.end(), row);
 }
 
-// A row, its results and its doses.
+// The proxies' side of a row, and its doses.
+void check_proxies(const Step & step, int32_t i, const Expected & e) {
+    CHECK(same(adl_lockstep_get_logits(step.lockstep, i, ADL_PLUS), e.plus));
+    CHECK(same(adl_lockstep_get_logits(step.lockstep, i, ADL_MINUS), e.minus));
+    for (llama_token token = 0; token < models::N_PROXY; ++token) {
+        CHECK_EQ(adl_lockstep_dose(step.lockstep, i, token), e.dose(token));
+    }
+    CHECK_EQ(adl_lockstep_dose(step.lockstep, i, models::N_PROXY), 0.0);
+}
+
+void check_no_proxies(const Step & step, int32_t i) {
+    CHECK(adl_lockstep_get_logits(step.lockstep, i, ADL_PLUS) == nullptr);
+    CHECK(adl_lockstep_get_logits(step.lockstep, i, ADL_MINUS) == nullptr);
+    CHECK(std::isnan(adl_lockstep_dose(step.lockstep, i, 5)));
+}
+
+// A row, its results and what the proxies say of it.
 void check_row(Step & step, int32_t i, const Tokens & tokens, const adl_row_params & params) {
     const Expected         e      = expected(tokens, params);
     const adl_row_result & result = step.results[i];
@@ -104,12 +120,9 @@ void check_row(Step & step, int32_t i, const Tokens & tokens, const adl_row_para
     CHECK_EQ(result.evaluated, steered && (e.row.n_candidates > 1 || params.full));
     if (result.evaluated) {
         CHECK_EQ(result.kl, params.mode == ADL_MODE_PROTECT ? e.row.kl : 0.0);
-        for (llama_token token = 0; token < models::N_PROXY; ++token) {
-            CHECK_EQ(adl_lockstep_dose(step.lockstep, i, token), e.dose(token));
-        }
-        CHECK_EQ(adl_lockstep_dose(step.lockstep, i, models::N_PROXY), 0.0);
+        check_proxies(step, i, e);
     } else {
-        CHECK(std::isnan(adl_lockstep_dose(step.lockstep, i, 5)));
+        check_no_proxies(step, i);
     }
 }
 
@@ -162,6 +175,23 @@ TEST(full_evaluates_every_row_and_changes_no_other) {
         CHECK(same(step.row(0), fake::logits(models::TEACHER, tokens)));
         CHECK_EQ(adl_lockstep_dose(step.lockstep, 0, 5), expected(tokens, row).dose(5));
     }
+}
+
+TEST(the_proxies_side_of_a_row_is_the_last_steps) {
+    models::install();
+    Step         step;
+    const Tokens tokens = prompt(true);
+    CHECK_EQ(step.append(0, tokens, protect()), ADL_OK);
+    adl_pair_memory_clear(step.pair); // the rows were copied
+    check_proxies(step, 0, expected(tokens, protect()));
+    check_no_proxies(step, -1);
+    check_no_proxies(step, 1);
+    Batch next({8}, 4);
+    const adl_row_params row = protect();
+    CHECK_EQ(adl_lockstep_begin(step.lockstep, next.get(), &row, 1), ADL_OK);
+    check_no_proxies(step, 0);
+    CHECK_EQ(adl_lockstep_end(step.lockstep, -1, nullptr), ADL_OK);
+    check_no_proxies(step, 0);
 }
 
 TEST(off_observe_and_strength_0_change_nothing) {
@@ -264,6 +294,8 @@ TEST(a_proxy_that_fails_closes_the_rows_that_needed_it_and_no_others) {
         CHECK(same(step.row(0), fake::logits(models::TEACHER, sure)));
         CHECK(step.results[1].closed);
         CHECK(models::is_closed(step.row(1)));
+        check_no_proxies(step, 0);
+        check_no_proxies(step, 1);
         step.held = {{0, sure}, {1, unsure}};
         CHECK_EQ(step.append(1, {8}, protect(2.0, 0.0)), ADL_OK); // healed
         check_row(step, 0, step.held[1], protect(2.0, 0.0));
@@ -331,7 +363,7 @@ TEST(a_hole_leaves_both_memories_alike) {
     Batch batch;
     batch.add(8, 5, {0}, true);
     CHECK_EQ(step.decode(batch, {protect(1.0, 0.0)}), ADL_OK);
-    for (const int32_t sign : {1, -1}) {
+    for (const adl_sign sign : {ADL_PLUS, ADL_MINUS}) {
         CHECK(fake::memory(adl_pair_get_context(step.pair, sign), 0) == fake::memory(step.context, 0));
     }
 }

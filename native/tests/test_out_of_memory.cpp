@@ -36,8 +36,8 @@ adl_pair_params with_mode(adl_concurrency mode) {
 
 void check_row(adl_pair * pair, const Tokens & tokens) {
     const std::vector<float> plus = fake::logits(PLUS, tokens), minus = fake::logits(MINUS, tokens);
-    CHECK(adl_pair_get_logits(pair, 1) != nullptr && std::equal(plus.begin(), plus.end(), adl_pair_get_logits(pair, 1)));
-    CHECK(adl_pair_get_logits(pair, -1) != nullptr && std::equal(minus.begin(), minus.end(), adl_pair_get_logits(pair, -1)));
+    CHECK(adl_pair_get_logits(pair, ADL_PLUS) != nullptr && std::equal(plus.begin(), plus.end(), adl_pair_get_logits(pair, ADL_PLUS)));
+    CHECK(adl_pair_get_logits(pair, ADL_MINUS) != nullptr && std::equal(minus.begin(), minus.end(), adl_pair_get_logits(pair, ADL_MINUS)));
 }
 
 // operator new called by its name: a compiler may leave out the pair of a new and a delete expression.
@@ -145,7 +145,7 @@ TEST(reading_a_bundle) {
     for (const bool good : {true, false}) {
         good ? void() : void(fake::file(MINUS).keys.erase("adlocal.params"));
         for_every_failure([&](int64_t first, bool all) {
-            adl_bundle bundle;
+            adl_bundle bundle = empty_bundle();
             int32_t    status;
             bool       reached;
             {
@@ -258,13 +258,13 @@ TEST(adjusting) {
             Batch batch({5, 6, 7});
             CHECK_EQ(adl_pair_decode(host.pair, batch.get()), 1);
             std::vector<float> logits   = fake::logits(TEACHER, {5, 6, 7});
-            const double       strength = STRENGTH;
+            const double       strength = STRENGTH, guard = GUARD;
             adl_row            row;
             int32_t            status;
             bool               reached;
             {
                 Plan plan(first, all);
-                status  = adl_pair_adjust(host.pair, logits.data(), 1, &strength, GUARD, &row);
+                status  = adl_pair_adjust(host.pair, logits.data(), 1, &strength, &guard, &row);
                 reached = plan.reached();
             }
             CHECK(status == ADL_ERROR_MEMORY || status == (good ? ADL_OK : ADL_ERROR_PROXY));

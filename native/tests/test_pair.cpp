@@ -11,7 +11,7 @@ using namespace models;
 
 // Checks row `row` of the last decode against both halves' own logits after `tokens`.
 void check_row(adl_pair * pair, int32_t row, const Tokens & tokens) {
-    for (const int32_t sign : {1, -1}) {
+    for (const adl_sign sign : {ADL_PLUS, ADL_MINUS}) {
         const float *            logits = adl_pair_get_logits(pair, sign);
         const std::vector<float> own    = fake::logits(sign > 0 ? PLUS : MINUS, tokens);
         CHECK(logits != nullptr && std::equal(own.begin(), own.end(), logits + static_cast<size_t>(row) * N_PROXY));
@@ -27,8 +27,8 @@ void check_next(adl_pair * pair, llama_token token, llama_seq_id seq_id, Tokens 
 }
 
 void check_no_rows(adl_pair * pair) {
-    CHECK(adl_pair_get_logits(pair, 1) == nullptr);
-    CHECK(adl_pair_get_logits(pair, -1) == nullptr);
+    CHECK(adl_pair_get_logits(pair, ADL_PLUS) == nullptr);
+    CHECK(adl_pair_get_logits(pair, ADL_MINUS) == nullptr);
     CHECK(std::isnan(adl_pair_dose(pair, 0, 3)));
 }
 
@@ -72,8 +72,8 @@ TEST(both_halves_are_evaluated) {
     check_row(host.pair, 0, {5, 9, 13});
     CHECK_EQ(decode(host.pair, {20}, 3), 1);
     check_row(host.pair, 0, {5, 9, 13, 20});
-    CHECK_EQ(fake::n_decodes(adl_pair_get_context(host.pair, 1)), 2);
-    CHECK_EQ(fake::n_decodes(adl_pair_get_context(host.pair, -1)), 2);
+    CHECK_EQ(fake::n_decodes(adl_pair_get_context(host.pair, ADL_PLUS)), 2);
+    CHECK_EQ(fake::n_decodes(adl_pair_get_context(host.pair, ADL_MINUS)), 2);
 }
 
 TEST(rows_are_in_the_order_of_the_batch) {
@@ -310,11 +310,11 @@ TEST(what_a_pair_says_of_itself) {
     CHECK_EQ(adl_pair_n_ctx(host.pair), 104u); // the toy rounds to eights
     CHECK_EQ(adl_pair_n_vocab(host.pair), N_PROXY);
     CHECK_EQ(adl_pair_n_shared(host.pair), N_PROXY);
-    CHECK(adl_pair_get_context(host.pair, 1) != adl_pair_get_context(host.pair, -1));
-    CHECK(adl_pair_get_model(host.pair, 1) != adl_pair_get_model(host.pair, -1));
+    CHECK(adl_pair_get_context(host.pair, ADL_PLUS) != adl_pair_get_context(host.pair, ADL_MINUS));
+    CHECK(adl_pair_get_model(host.pair, ADL_PLUS) != adl_pair_get_model(host.pair, ADL_MINUS));
     CHECK_EQ(decode(host.pair, {4}), 1);
-    CHECK(adl_pair_get_logits(host.pair, 1) == llama_get_logits(adl_pair_get_context(host.pair, 1)));
-    CHECK(adl_pair_get_logits(host.pair, -1) == llama_get_logits(adl_pair_get_context(host.pair, -1)));
+    CHECK(adl_pair_get_logits(host.pair, ADL_PLUS) == llama_get_logits(adl_pair_get_context(host.pair, ADL_PLUS)));
+    CHECK(adl_pair_get_logits(host.pair, ADL_MINUS) == llama_get_logits(adl_pair_get_context(host.pair, ADL_MINUS)));
 }
 
 TEST(parameters_are_passed_on) {
@@ -330,7 +330,7 @@ TEST(parameters_are_passed_on) {
     p.context.type_k       = GGML_TYPE_Q8_0;
     p.model.n_gpu_layers   = 7;
     Host host(p);
-    for (const int32_t sign : {1, -1}) {
+    for (const adl_sign sign : {ADL_PLUS, ADL_MINUS}) {
         const llama_context_params given = fake::context_params(adl_pair_get_context(host.pair, sign));
         CHECK_EQ(given.n_ctx, 128u);
         CHECK_EQ(given.n_seq_max, 4u);
@@ -490,9 +490,28 @@ TEST(two_files_without_metadata) {
     CHECK_EQ(adl_pair_n_shared(pair), 0);
     CHECK_EQ(decode(pair, {7, 8}), 1);
     const std::vector<float> a = fake::logits("a", {7, 8}), b = fake::logits("b", {7, 8});
-    CHECK(std::equal(a.begin(), a.end(), adl_pair_get_logits(pair, 1)));
-    CHECK(std::equal(b.begin(), b.end(), adl_pair_get_logits(pair, -1)));
+    CHECK(std::equal(a.begin(), a.end(), adl_pair_get_logits(pair, ADL_PLUS)));
+    CHECK(std::equal(b.begin(), b.end(), adl_pair_get_logits(pair, ADL_MINUS)));
     adl_pair_free(pair);
+}
+
+TEST(parameters_of_another_size_are_refused) {
+    install();
+    const adl_llama llama   = fake_llama_table();
+    llama_model *   teacher = load();
+    for (const size_t size : {size_t{0}, sizeof(adl_pair_params) - 8, sizeof(adl_pair_params) + 8}) {
+        adl_pair_params p = params();
+        p.size            = size;
+        CHECK(adl_pair_init(&llama, DIR, teacher, p) == nullptr);
+        CHECK_EQ(adl_last_status(), ADL_ERROR_INPUT);
+        CHECK_CONTAINS(adl_last_error(), "struct adl_pair_params has " + std::to_string(size) + " bytes in the host");
+        CHECK(adl_pair_init_from_files(&llama, PLUS, MINUS, 1, 1, teacher, p) == nullptr);
+        CHECK_EQ(adl_last_status(), ADL_ERROR_INPUT);
+        CHECK(adl_pair_init_from_adapter(&llama, PLUS, MINUS, 1, 1, teacher, p) == nullptr);
+        CHECK_EQ(adl_last_status(), ADL_ERROR_INPUT);
+    }
+    CHECK_EQ(fake::counts().loads, 1); // the teacher
+    llama_model_free(teacher);
 }
 
 TEST(two_files_with_bad_arguments) {

@@ -10,7 +10,10 @@ namespace {
 
 using namespace models;
 
-constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
+constexpr double ZEROS[]  = {0, 0, 0, 0};
+constexpr double ONES[]   = {1, 1, 1};
+constexpr double GUARDS[] = {0.05, 0.05, 0.05};
+constexpr float  NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 
 // Three sequences, one row each, and the teacher's logits of them.
 struct Decoded : Host {
@@ -40,8 +43,9 @@ adl_row adjusted(const Tokens & tokens, double strength, double guard, std::vect
     return row;
 }
 
-TEST(rows_are_adjusted_with_a_strength_each) {
-    for (const double guard : {0.0, 0.05, 0.5, 1.0}) {
+TEST(rows_are_adjusted_with_a_strength_and_a_guard_each) {
+    const double guards[][3] = {{0, 0, 0}, {0.05, 0.05, 0.05}, {0.5, 0, 0.05}, {0, 1, 0.5}, {1, 0, 0}, {0.05, 0.5, 1}};
+    for (const auto & guard : guards) {
         install();
         Decoded      d;
         const double strength[] = {1.0, 0.0, 6.5};
@@ -49,14 +53,14 @@ TEST(rows_are_adjusted_with_a_strength_each) {
         CHECK_EQ(adl_pair_adjust(d.pair, d.logits.data(), 3, strength, guard, rows), ADL_OK);
         for (int i = 0; i < 3; ++i) {
             std::vector<float> expected;
-            const adl_row      row = adjusted(d.histories[i], strength[i], guard, expected);
+            const adl_row      row = adjusted(d.histories[i], strength[i], guard[i], expected);
             CHECK(std::memcmp(expected.data(), d.row(i), N_TEACHER * sizeof(float)) == 0);
             CHECK_EQ(rows[i].mean, row.mean);
             CHECK_EQ(rows[i].kl, row.kl);
             CHECK_EQ(rows[i].n_candidates, row.n_candidates);
         }
         CHECK(std::memcmp(fake::logits(TEACHER, d.histories[1]).data(), d.row(1), N_TEACHER * sizeof(float)) == 0); // strength 0
-        CHECK(guard == 1 || rows[2].kl > rows[0].kl);
+        CHECK(guard[2] != guard[0] || rows[2].kl > rows[0].kl);
     }
 }
 
@@ -71,7 +75,7 @@ TEST(ends_stay_the_teachers) {
         d.row(i)[EOT] = d.row(i)[EOS] - 1;
     }
     before = d.logits;
-    CHECK_EQ(adl_pair_adjust(d.pair, d.logits.data(), 3, strength, 0, rows), ADL_OK);
+    CHECK_EQ(adl_pair_adjust(d.pair, d.logits.data(), 3, strength, ZEROS, rows), ADL_OK);
     for (int i = 0; i < 3; ++i) {
         for (const llama_token end : TEACHER_ENDS) {
             CHECK_EQ(d.row(i)[end], before[i * N_TEACHER + end]);
@@ -87,7 +91,7 @@ TEST(strength_is_the_typical_shift_in_nats) {
     const double strength[] = {2, 2, 2};
     adl_row      rows[3];
     double       squares = 0;
-    CHECK_EQ(adl_pair_adjust(d.pair, d.logits.data(), 3, strength, 0, rows), ADL_OK);
+    CHECK_EQ(adl_pair_adjust(d.pair, d.logits.data(), 3, strength, ZEROS, rows), ADL_OK);
     for (int i = 0; i < 3; ++i) {
         const std::vector<float> before = fake::logits(TEACHER, d.histories[i]);
         double sum = 0, square = 0; // against each other: a constant of the row keeps the mass
@@ -103,7 +107,7 @@ TEST(strength_is_the_typical_shift_in_nats) {
 }
 
 // Checks that adjusting fails with `status` and leaves every row closed.
-void check_closes(Decoded & d, int32_t status, const char * words, const double * strength, double guard = 0.05) {
+void check_closes(Decoded & d, int32_t status, const char * words, const double * strength, const double * guard = GUARDS) {
     adl_row rows[3] = {{1, 2, 3}, {1, 2, 3}, {1, 2, 3}};
     CHECK_EQ(adl_pair_adjust(d.pair, d.logits.data(), 3, strength, guard, rows), status);
     CHECK_CONTAINS(adl_last_error(), words);
@@ -112,8 +116,6 @@ void check_closes(Decoded & d, int32_t status, const char * words, const double 
         CHECK(rows[i].mean == 1 && rows[i].kl == 2 && rows[i].n_candidates == 3); // written on success only
     }
 }
-
-constexpr double ONES[] = {1, 1, 1};
 
 TEST(one_row_that_fails_closes_all) {
     for (const char * path : {PLUS, MINUS}) {
@@ -150,12 +152,15 @@ TEST(bad_strengths_and_guards_close_all) {
             check_closes(d, ADL_ERROR_INPUT, "strength", strength);
         }
     }
-    for (const double bad : {-0.01, 1.01, nan, inf}) {
-        install();
-        Decoded      d;
-        const double zeros[] = {0, 0, 0};
-        check_closes(d, ADL_ERROR_INPUT, "guard", ONES, bad);
-        check_closes(d, ADL_ERROR_INPUT, "guard", zeros, bad);
+    for (int i = 0; i < 3; ++i) {
+        for (const double bad : {-0.01, 1.01, nan, inf}) {
+            install();
+            Decoded d;
+            double  guard[] = {0.05, 0.05, 0.05};
+            guard[i]        = bad;
+            check_closes(d, ADL_ERROR_INPUT, "guard", ONES, guard);
+            check_closes(d, ADL_ERROR_INPUT, "guard", ZEROS, guard);
+        }
     }
 }
 
@@ -164,17 +169,17 @@ TEST(other_numbers_of_rows_close_what_was_given) {
     Decoded d;
     adl_row rows[4];
     for (const int32_t n : {1, 2}) {
-        CHECK_EQ(adl_pair_adjust(d.pair, d.logits.data(), n, ONES, 0, rows), ADL_ERROR_PROXY);
+        CHECK_EQ(adl_pair_adjust(d.pair, d.logits.data(), n, ONES, ZEROS, rows), ADL_ERROR_PROXY);
         CHECK_CONTAINS(adl_last_error(), "evaluated 3");
         CHECK(is_closed(d.row(n - 1)));
         CHECK(!is_closed(d.row(n))); // what was not given is not touched
     }
     d.logits.resize(4 * N_TEACHER);
     const double strength[] = {1, 1, 1, 1};
-    CHECK_EQ(adl_pair_adjust(d.pair, d.logits.data(), 4, strength, 0, rows), ADL_ERROR_PROXY);
+    CHECK_EQ(adl_pair_adjust(d.pair, d.logits.data(), 4, strength, ZEROS, rows), ADL_ERROR_PROXY);
     CHECK(is_closed(d.row(3)));
     for (const int32_t n : {0, -1, INT32_MIN}) {
-        CHECK(adl_pair_adjust(d.pair, d.logits.data(), n, strength, 0, rows) < 0);
+        CHECK(adl_pair_adjust(d.pair, d.logits.data(), n, strength, ZEROS, rows) < 0);
     }
 }
 
@@ -182,11 +187,13 @@ TEST(null_pointers_close_what_was_given) {
     install();
     Decoded d;
     adl_row rows[3];
-    CHECK_EQ(adl_pair_adjust(d.pair, nullptr, 3, ONES, 0, rows), ADL_ERROR_INPUT);
-    CHECK_EQ(adl_pair_adjust(nullptr, d.logits.data(), 3, ONES, 0, rows), ADL_ERROR_INPUT);
+    CHECK_EQ(adl_pair_adjust(d.pair, nullptr, 3, ONES, ZEROS, rows), ADL_ERROR_INPUT);
+    CHECK_EQ(adl_pair_adjust(nullptr, d.logits.data(), 3, ONES, ZEROS, rows), ADL_ERROR_INPUT);
     check_closes(d, ADL_ERROR_INPUT, "NULL", nullptr);
     d.logits.assign(d.logits.size(), 1.0f);
-    CHECK_EQ(adl_pair_adjust(d.pair, d.logits.data(), 3, ONES, 0, nullptr), ADL_ERROR_INPUT);
+    check_closes(d, ADL_ERROR_INPUT, "NULL", ONES, nullptr);
+    d.logits.assign(d.logits.size(), 1.0f);
+    CHECK_EQ(adl_pair_adjust(d.pair, d.logits.data(), 3, ONES, ZEROS, nullptr), ADL_ERROR_INPUT);
     CHECK(is_closed(d.row(0)) && is_closed(d.row(1)) && is_closed(d.row(2)));
 }
 
@@ -228,7 +235,7 @@ TEST(a_teacher_without_an_end_has_nothing_left) {
     Decoded d;
     adl_row rows[3];
     adl_pair_touch(d.pair);
-    CHECK_EQ(adl_pair_adjust(d.pair, d.logits.data(), 3, ONES, 0, rows), ADL_ERROR_PROXY);
+    CHECK_EQ(adl_pair_adjust(d.pair, d.logits.data(), 3, ONES, ZEROS, rows), ADL_ERROR_PROXY);
     CHECK(std::all_of(d.logits.begin(), d.logits.end(), [&](float z) { return z == d.logits[0]; }));
 }
 
@@ -238,7 +245,7 @@ TEST(an_end_beyond_the_proxys_vocabulary_counts) {
     Decoded d;
     adl_row rows[3];
     adl_pair_touch(d.pair);
-    CHECK_EQ(adl_pair_adjust(d.pair, d.logits.data(), 3, ONES, 0, rows), ADL_ERROR_PROXY);
+    CHECK_EQ(adl_pair_adjust(d.pair, d.logits.data(), 3, ONES, ZEROS, rows), ADL_ERROR_PROXY);
     CHECK_EQ(d.row(1)[N_TEACHER - 1], 0.0f);
     CHECK(d.row(1)[EOS] < -1e6f);
 }
@@ -251,7 +258,7 @@ TEST(a_pair_without_a_teacher_adjusts_nothing) {
     CHECK_EQ(adl_pair_decode(pair, batch.get()), 1);
     std::vector<float> logits(N_TEACHER, 1.5f);
     adl_row            row;
-    CHECK_EQ(adl_pair_adjust(pair, logits.data(), 1, ONES, 0, &row), ADL_ERROR_INPUT);
+    CHECK_EQ(adl_pair_adjust(pair, logits.data(), 1, ONES, ZEROS, &row), ADL_ERROR_INPUT);
     CHECK_CONTAINS(adl_last_error(), "teacher");
     CHECK(std::all_of(logits.begin(), logits.end(), [](float z) { return z == 1.5f; }));
     CHECK(std::isfinite(adl_pair_dose(pair, 0, 5)));
@@ -300,7 +307,7 @@ TEST(the_dose_of_adjusted_rows) {
     Decoded      d;
     const double strength[] = {1, 0, 3};
     adl_row      rows[3];
-    CHECK_EQ(adl_pair_adjust(d.pair, d.logits.data(), 3, strength, 0.05, rows), ADL_OK);
+    CHECK_EQ(adl_pair_adjust(d.pair, d.logits.data(), 3, strength, GUARDS, rows), ADL_OK);
     check_doses(d);
 }
 

@@ -289,8 +289,8 @@ TEST(an_accepted_token_is_one_more_to_evaluate) {
         tokens.push_back(token);
         check_applied(f.smpl, tokens);
         CHECK_EQ(fake::counts().decodes, 2 * (token - 8));
-        CHECK_EQ(fake::memory(adl_pair_get_context(f.pair, 1), 0).size(), tokens.size());
-        CHECK(fake::memory(adl_pair_get_context(f.pair, 1), 0) == fake::memory(adl_pair_get_context(f.pair, -1), 0));
+        CHECK_EQ(fake::memory(adl_pair_get_context(f.pair, ADL_PLUS), 0).size(), tokens.size());
+        CHECK(fake::memory(adl_pair_get_context(f.pair, ADL_PLUS), 0) == fake::memory(adl_pair_get_context(f.pair, ADL_MINUS), 0));
     }
 }
 
@@ -382,7 +382,7 @@ TEST(the_host_may_use_the_pair_in_between) {
         [](adl_pair * pair) { adl_pair_memory_clear(pair); adl_pair_decode(pair, Batch({40, 41, 42}).get()); },
         [](adl_pair * pair) { adl_pair_decode(pair, Batch({N_PROXY}).get()); }, // an error that sticks
         [](adl_pair * pair) { // both memories replaced
-            for (const int32_t sign : {1, -1}) {
+            for (const adl_sign sign : {ADL_PLUS, ADL_MINUS}) {
                 llama_memory_clear(llama_get_memory(adl_pair_get_context(pair, sign)), true);
             }
             adl_pair_touch(pair);

@@ -85,8 +85,8 @@ TEST(a_text_that_is_cut_is_cut_between_characters) {
         fake::file(PROXY).vocab.texts[5] = text;
         check_refused("token 5");
         CHECK(is_utf8(adl_last_error()));
-        const adl_llama llama = fake_llama_table();
-        adl_bundle      bundle;
+        const adl_llama llama  = fake_llama_table();
+        adl_bundle      bundle = empty_bundle();
         CHECK_EQ(adl_bundle_read(&llama, text.c_str(), &bundle), ADL_ERROR_BUNDLE);
         CHECK(is_utf8(adl_last_error()));
     }

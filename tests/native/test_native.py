@@ -532,7 +532,8 @@ def teacher(tiny_llama: Path) -> Iterator[LlamaModel]:
 def open_natively(directory: Path, teacher: LlamaModel | None) -> int:
     """adl_pair_init; to be freed."""
     lib = native.library()
-    params = native.PairParams(llama_cpp.llama_model_default_params(), context_params(n_ctx=128, n_threads=1))
+    contexts = context_params(n_ctx=128, n_threads=1)
+    params = native.sized(native.PairParams, llama_cpp.llama_model_default_params(), contexts)
     table, model = native.llama_table(lib), teacher and ctypes.cast(teacher.model, ctypes.c_void_p)
     pair: int | None = lib.adl_pair_init(ctypes.byref(table), os.fsencode(directory), model, params)
     if pair is None:

@@ -246,9 +246,8 @@ def test_two_threads_over_one_model_compute_what_one_computes(adapter_bundle: Pa
     table = native.llama_table(lib)
     found = []
     for mode, n_threads in ((1, 1), (2, 2)):
-        params = native.PairParams(
-            llama_cpp.llama_model_default_params(), context_params(n_ctx=64, n_threads=n_threads), mode
-        )
+        contexts = context_params(n_ctx=64, n_threads=n_threads)
+        params = native.sized(native.PairParams, llama_cpp.llama_model_default_params(), contexts, mode)
         paths = (os.fsencode(adapter_bundle / name) for name in NAMES["adapter"])
         handle = lib.adl_pair_init_from_adapter(
             ctypes.byref(table), *paths, bundle.epsilon, bundle.delta_scale, None, params

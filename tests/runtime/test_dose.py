@@ -30,7 +30,7 @@ UNPROTECTED = 1e-6
 def permuted(pair: ProxyPair, logits: Any, strength: float, guard: float) -> list[tuple[float, int]]:
     """`ProxyPair.adjust` with Δ permuted among the candidates: the same shifts, on the wrong tokens."""
     (plus,), (minus,) = pair.rows()
-    proxy = llama_cpp.llama_get_model(native.library().adl_pair_get_context(pair.handle, 1))
+    proxy = llama_cpp.llama_get_model(native.library().adl_pair_get_context(pair.handle, native.PLUS))
     ends = end_tokens(llama_cpp.llama_model_get_vocab(proxy))  # the teacher's too: one vocabulary
     z = np.ctypeslib.as_array(logits, (pair.n_vocab,))
     dealt = delta(plus, minus, pair.bundle.epsilon)

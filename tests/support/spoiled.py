@@ -59,7 +59,7 @@ def problem(directory: Path, read: Callable[[Path], object] = Bundle.open) -> st
 
 def read_natively(directory: Path) -> native.BundleStruct:
     """A bundle as the native core reads it."""
-    lib, out = native.library(), native.BundleStruct()
+    lib, out = native.library(), native.sized(native.BundleStruct)
     table = native.llama_table(lib)
     native.check(lib.adl_bundle_read(ctypes.byref(table), os.fsencode(directory), ctypes.byref(out)))
     return out
