@@ -279,7 +279,10 @@ void adl_lockstep::evaluate_rows() {
 size_t adl_lockstep::batch_size(const std::vector<Wanted> & wanted, size_t first, size_t n_prompt) const {
     const size_t end = std::min(first < n_prompt ? n_prompt : wanted.size(), first + n_batch_);
     size_t       n_rows = wanted[first].row >= 0, i = first + 1;
-    for (; i < end && static_cast<size_t>(wanted[i].cell.pos) % n_batch_ != 0; ++i) {
+    for (; i < end; ++i) {
+        if (wanted[i].seq_id == wanted[i - 1].seq_id && static_cast<size_t>(wanted[i].cell.pos) % n_batch_ == 0) {
+            break;
+        }
         n_rows += wanted[i].row >= 0;
         if (n_rows > n_outputs_max_) {
             break;
