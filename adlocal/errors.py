@@ -6,6 +6,7 @@ AdlocalError
 │   ├── BundleError       a bundle is missing a half, its halves do not fit together, or it is of another format
 │   ├── VocabularyError   teacher and proxy do not share a vocabulary
 │   └── TraceError        a trace file cannot be read, or a trace has nothing to learn from
+├── BusyError             too many requests wait already; nothing was done
 ├── ConversionError       the input was usable and the conversion or calibration failed: nothing was written
 ├── NativeError           the native library is missing or does not fit: nothing can be protected
 └── ProxyError            a proxy could not be evaluated: no token was emitted
@@ -39,6 +40,10 @@ class VocabularyError(InputError):
 
 class TraceError(InputError):
     """A trace file or a trace in it cannot be used; the message names file and line."""
+
+
+class BusyError(AdlocalError):
+    """As many requests wait as may; the same one may be accepted later."""
 
 
 class ConversionError(AdlocalError):

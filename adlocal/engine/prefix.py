@@ -1,9 +1,9 @@
 """What a context remembers of a prompt, and how much of it may be used so that the answer is that of a fresh one.
 
-On CPU kernels that round activations, a token's keys and values depend on the batch that it was evaluated in: alone, in
-a block of rows, or among what is left over at a batch's end (`adlocal bench` says by how much). So prompts are evaluated
-in batches that begin at multiples of `BLOCK` positions, their last token by itself, and what is used of one that is
-cached ends at such a multiple too.
+On CPU kernels that round activations, a token's keys and values depend on the batch that it was evaluated in: alone,
+in a block of rows, or among what is left over at a batch's end (`adlocal bench` says by how much). So prompts are
+evaluated in batches that begin at multiples of `BLOCK` positions, their last token by itself, and what is used of one
+that is cached ends at such a multiple too.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def canonical(before: int, start: int, n: int) -> int:
 def reusable(held: Sequence[int], canonical: int, prompt: Sequence[int]) -> int:
     """How many of the tokens that are held a prompt may begin with.
 
-    A prompt that a fresh context would evaluate alike gives up less than a block for that. One that goes on from what was
-    sampled a token at a time, as the next turn of a conversation does, cannot have it, and uses all.
+    A prompt that a fresh context would evaluate alike gives up less than a block for that. One that goes on from what
+    was sampled a token at a time, as the next turn of a conversation does, cannot have it, and uses all.
 
     Args:
         held: tokens in memory.
@@ -48,7 +48,7 @@ def reusable(held: Sequence[int], canonical: int, prompt: Sequence[int]) -> int:
 
 
 def cuts(start: int, n: int, n_batch: int) -> list[int]:
-    """Sizes of the batches in which `n` tokens of a prompt are evaluated from position `start` on, the last by itself."""
+    """Sizes of the batches in which a prompt's `n` tokens from position `start` on are evaluated, the last by itself."""
     sizes = []
     end = start + n - 1
     while start < end:

@@ -1,12 +1,14 @@
-"""What `ParallelLlama` is asked for, what it works on, and what comes out."""
+"""What a model is asked for, and what comes out."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from llama_cpp._internals import LlamaSampler
+
+from ..errors import AdlocalError
+from ..settings import Settings
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,25 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to go on from, by at most `n_predict` tokens; `index` is handed back with the completion."""
+    """A prompt to go on from.
+
+    Attributes:
+        index: handed back with the completion.
+        tokens: the prompt.
+        n_predict: the most tokens that may follow.
+        seed: of its sampler.
+        sampling: None for the scheduler's.
+        settings: strength and guard of its rows; None for the scheduler's.
+        dosed: whether the completion is to say its dose, which takes a prefill of the pair when it ends.
+    """
 
     index: int
     tokens: Sequence[int]
     n_predict: int
     seed: int = 0
+    sampling: Sampling | None = None
+    settings: Settings | None = None
+    dosed: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,8 +64,9 @@ class Completion:
     Attributes:
         index: that of the request.
         tokens: sampled ids, without the one that ended the turn.
-        finish_reason: "stop" if the model ended its turn, "length" at `n_predict` or at the end of the context.
-        dose: mean Δ − E[Δ] of a sampled token, the end of the turn among them; None where the pair was not evaluated.
+        finish_reason: "stop" if the model ended its turn, "length" at `n_predict` or at the end of the context,
+            "cancelled" if it was.
+        dose: mean Δ − E[Δ] of a sampled token, the end of the turn among them; None where it was not asked for.
     """
 
     index: int
@@ -59,33 +75,35 @@ class Completion:
     dose: float | None = None
 
 
-@dataclass
-class Slot:
-    """One sequence being generated: `pending` is still to be decoded, after `n_past` tokens that were."""
+@dataclass(frozen=True)
+class Sampled:
+    """A token that a request was given.
 
-    request: Request
-    limit: int
-    sampler: LlamaSampler
-    pending: Sequence[int]
-    n_past: int = 0
-    sampled: list[int] = field(default_factory=list)
-    doses: list[float] = field(default_factory=list)
+    Attributes:
+        id: of the request.
+        token: no end of generation.
+        dose: Δ − E[Δ]; None where Δ was not computed, because there was nothing to steer.
+    """
 
-    def completion(self, finish_reason: str) -> Completion:
-        dose = math.fsum(self.doses) / len(self.doses) if self.doses else None
-        return Completion(self.request.index, self.sampled, finish_reason, dose)
+    id: int
+    token: int
+    dose: float | None
 
 
-class Queue:
-    """Requests, of which the next can be seen before it is taken."""
+@dataclass(frozen=True)
+class Ended:
+    """A request that is done."""
 
-    def __init__(self, requests: Iterable[Request]) -> None:
-        self._rest = iter(requests)
-        self.head = next(self._rest, None)
+    id: int
+    completion: Completion
 
-    def pop(self) -> Request:
-        """Raises IndexError: none is left."""
-        if (request := self.head) is None:
-            raise IndexError("no request is left")
-        self.head = next(self._rest, None)
-        return request
+
+@dataclass(frozen=True)
+class Failed:
+    """A request whose protection could not be computed. No token of the step was emitted for it."""
+
+    id: int
+    error: AdlocalError
+
+
+Event = Sampled | Ended | Failed

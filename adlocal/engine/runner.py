@@ -1,0 +1,202 @@
+"""A model's context for many sequences, with the pair in step: what the scheduler decodes with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import llama_cpp
+import numpy as np
+from llama_cpp._internals import LlamaBatch, LlamaContext
+
+from ..errors import AdlocalError
+from ..llamacpp import native
+from ..pair import ProxyPair, Rows
+from ..settings import Settings
+from .lockstep import DecodeError, Lockstep, row_params
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of one sequence that go into the next batch; `settings` are those of the last one's row, None for none."""
+
+    seq_id: int
+    tokens: Sequence[int]
+    n_past: int
+    settings: Settings | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the last decode, or why it must not be sampled from.
+
+    Attributes:
+        index: its token's place in the batch, as `llama_get_logits_ith` takes it.
+        output: its place among the rows.
+        seq_id: whose it is.
+        error: None if it may be sampled from.
+    """
+
+    index: int
+    output: int
+    seq_id: int
+    error: AdlocalError | None = None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an adjuster works on.
+
+    Attributes:
+        teacher: logits, (n_rows, n_vocab): a view, what is written to it is sampled from.
+        proxies: (z₊, z₋) of each pair, each (n_rows, n_proxy); none where the settings protect nothing.
+    """
+
+    teacher: Rows
+    proxies: Sequence[tuple[Rows, Rows]]
+
+
+class Adjuster(Protocol):
+    """Changes rows in place of the product's adjustment: a baseline of an experiment, say."""
+
+    def __call__(self, rows: Evaluated) -> None: ...
+
+
+class Runner:
+    """A context and its locksteps. The context's memory is changed through it alone.
+
+    Args:
+        context: the teacher's, empty; it stays the caller's.
+        n_batch: its most tokens in one decode.
+        pairs: made for the teacher's model. Without one the model is plain.
+        adjuster: what rows go through; None for the product's adjustment, by the first pair.
+    """
+
+    def __init__(
+        self, context: LlamaContext, n_batch: int, pairs: Sequence[ProxyPair] = (), adjuster: Adjuster | None = None
+    ) -> None:
+        self.context, self.n_batch, self.adjuster = context, n_batch, adjuster
+        self._locksteps = [Lockstep(context.ctx, pair) for pair in pairs]
+        self._n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(context.model.model))
+        self._batch = LlamaBatch(n_tokens=n_batch, embd=0, n_seq_max=1, verbose=False)
+        self._contexts = [context.ctx, *(each for pair in pairs for each in pair.contexts)]
+
+    def close(self) -> None:
+        """Frees what is its own."""
+        self._batch.close()
+
+    @property
+    def lockstep(self) -> Lockstep | None:
+        """That of the first pair."""
+        return self._locksteps[0] if self._locksteps else None
+
+    def decode(self, chunks: Sequence[Chunk]) -> list[Row]:
+        """Decodes the chunks in one batch.
+
+        Returns:
+            the rows of those that ask for one, in their order.
+
+        Raises:
+            AdlocalError: llama.cpp failed. No row may be sampled from, and the memory is to be cleared.
+        """
+        rows = self._fill(chunks)
+        settings = [chunk.settings for chunk in chunks if chunk.settings is not None]
+        try:
+            closed = self._evaluate([self._row_params(each) for each in settings])
+        except DecodeError as error:
+            raise AdlocalError(
+                f"llama_decode of {len(chunks)} sequences failed ({error.status}); try fewer, or a smaller context"
+            ) from None
+        if closed:
+            failure = native.error()
+            if self.adjuster is not None:  # which has not seen the others
+                closed = set(range(len(rows)))
+            return [replace(row, error=failure if row.output in closed else None) for row in rows]
+        if self.adjuster is not None and rows:
+            self._adjust(self.adjuster, len(rows), any(each.protects for each in settings))
+        return rows
+
+    def _row_params(self, settings: Settings) -> native.RowParams:
+        if self.adjuster is not None and settings.protects:  # which is given every row
+            return native.RowParams(settings.strength, settings.guard, native.MODE_OBSERVE, True)
+        return row_params(settings)
+
+    def _fill(self, chunks: Sequence[Chunk]) -> list[Row]:
+        raw, rows = self._batch.batch, list[Row]()
+        i = 0
+        for chunk in chunks:
+            for pos, token in enumerate(chunk.tokens, chunk.n_past):
+                raw.token[i], raw.pos[i], raw.logits[i] = token, pos, False
+                raw.seq_id[i][0], raw.n_seq_id[i] = chunk.seq_id, 1
+                i += 1
+            if chunk.settings is not None:
+                raw.logits[i - 1] = True
+                rows.append(Row(i - 1, len(rows), chunk.seq_id))
+        raw.n_tokens = i
+        return rows
+
+    def _evaluate(self, params: Sequence[native.RowParams]) -> set[int]:
+        """Decodes the batch in all models. Returns the rows that must not be sampled from."""
+        raw = self._batch.batch
+        if not self._locksteps:
+            if status := llama_cpp.llama_decode(self.context.ctx, raw):
+                raise DecodeError(status, f"llama_decode returned {status}")
+            return set()
+        first, others = self._locksteps[0], self._locksteps[1:]
+        for other in others:
+            other.begin(raw, params)
+        status = -3  # as where llama.cpp failed in the middle
+        try:
+            results = [first.decode(raw, params)]
+            status = 0
+        finally:
+            ended = [other.end(status) for other in others]
+        return {i for each in (*results, *ended) for i, row in enumerate(each) if row.closed}
+
+    def _adjust(self, adjuster: Adjuster, n_rows: int, are_evaluated: bool) -> None:
+        logits: Any = llama_cpp.llama_get_logits(self.context.ctx)
+        teacher = np.ctypeslib.as_array(logits, (n_rows, self._n_vocab))
+        adjuster(Evaluated(teacher, [each.proxies(n_rows) for each in self._locksteps] if are_evaluated else []))
+
+    def forget(self, seq_id: int, n: int) -> bool:
+        """Keeps the first n tokens of a sequence; False, and nothing is kept, where memory cannot forget a part."""
+        if n and all(self._remove(seq_id, n)):
+            return True
+        for _ in self._remove(seq_id, -1):
+            pass
+        return n == 0
+
+    def _remove(self, seq_id: int, first: int) -> list[bool]:
+        if self._locksteps:
+            return [each.seq_rm(seq_id, first, -1) for each in self._locksteps]
+        memory = llama_cpp.llama_get_memory(self.context.ctx)
+        return [bool(llama_cpp.llama_memory_seq_rm(memory, seq_id, first, -1))]
+
+    def share(self, source: int, target: int, n: int) -> None:
+        """Makes the first n tokens of a sequence all that another one has, which is empty.
+
+        llama.cpp copies whole streams, when it decodes next, and cuts what is cut here at once (`llama_memory_seq_cp`).
+        """
+        for each in self._locksteps:
+            each.seq_cp(source, target, -1, -1)
+        if not self._locksteps:
+            memory = llama_cpp.llama_get_memory(self.context.ctx)
+            llama_cpp.llama_memory_seq_cp(memory, source, target, -1, -1)
+        self.forget(target, n)
+
+    def clear(self) -> None:
+        """Empties all memories."""
+        for each in self._locksteps:
+            each.clear()
+        self.context.kv_cache_clear()
+
+    def can_share(self) -> bool:
+        """Whether all contexts keep every token of a sequence, as neither sliding windows nor recurrent states do."""
+        models = map(llama_cpp.llama_get_model, self._contexts)
+        return not any(
+            llama_cpp.llama_model_n_swa(m)
+            or llama_cpp.llama_model_is_recurrent(m)
+            or llama_cpp.llama_model_is_hybrid(m)
+            for m in models
+        )
