@@ -12,8 +12,11 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import llama_cpp
 import pytest
 
 from adlocal.bundle import Bundle
@@ -24,6 +27,7 @@ from adlocal_convert.demo.word_problems import word_problems
 from adlocal_convert.options import Options
 from support import tiny
 from support.adapters import Pairs
+from support.alone import N_CTX, use_exact_kernels, write_ending_teacher
 from support.cli import Cli, runner
 from support.encoders import Encoders
 from support.faults import Faults
@@ -60,6 +64,26 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def teacher(tiny_llama: Path) -> Path:
     """A GGUF to take a vocabulary from: 256 bytes, two control tokens, 6 unused."""
     return tiny_llama
+
+
+@pytest.fixture(scope="session")
+def ending_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama that ends its turn now and then, with a longer context than its proxies."""
+    return write_ending_teacher(tmp_path_factory.mktemp("teacher") / "teacher.gguf")
+
+
+@pytest.fixture(scope="module")
+def plain(ending_teacher: Path) -> Iterator[llama_cpp.Llama]:
+    """It in llama-cpp-python, which answers one prompt after another."""
+    how: dict[str, Any] = {"n_ctx": N_CTX, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    with closing(llama_cpp.Llama(str(ending_teacher), **how)) as llm:
+        yield llm
+
+
+@pytest.fixture
+def exact_kernels(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, adapter_bundle: Path) -> dict[str, Any]:
+    """As `use_exact_kernels` says. The bundles are made before: ε is chosen by the kernels that run."""
+    return use_exact_kernels(monkeypatch)
 
 
 @pytest.fixture(scope="session")
