@@ -16,6 +16,7 @@
     X(void,                        llama_model_free,             (struct llama_model * model))                                 \
     X(const struct llama_vocab *,  llama_model_get_vocab,        (const struct llama_model * model))                           \
     X(int32_t,                     llama_model_n_ctx_train,      (const struct llama_model * model))                           \
+    X(int32_t,                     llama_model_n_swa,            (const struct llama_model * model))                           \
     X(struct llama_adapter_lora *, llama_adapter_lora_init,      (struct llama_model * model, const char * path))              \
     X(struct llama_context *,      llama_init_from_model,        (struct llama_model * model, struct llama_context_params p))  \
     X(void,                        llama_free,                   (struct llama_context * ctx))                                 \
@@ -30,6 +31,7 @@
     X(void,                        llama_memory_seq_cp,          (llama_memory_t mem, llama_seq_id s, llama_seq_id t,          \
                                                                   llama_pos a, llama_pos b))                                   \
     X(void,                        llama_memory_seq_keep,        (llama_memory_t mem, llama_seq_id s))                         \
+    X(llama_pos,                   llama_memory_seq_pos_min,     (llama_memory_t mem, llama_seq_id s))                         \
     X(llama_pos,                   llama_memory_seq_pos_max,     (llama_memory_t mem, llama_seq_id s))                         \
     X(int32_t,                     llama_decode,                 (struct llama_context * ctx, struct llama_batch batch))       \
     X(void,                        llama_synchronize,            (struct llama_context * ctx))                                 \

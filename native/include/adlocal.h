@@ -235,7 +235,8 @@ ADL_API const char * adl_pair_error(const struct adl_pair * pair);
 ADL_API const float * adl_pair_get_logits(struct adl_pair * pair, enum adl_sign sign);
 
 // The memory operations of llama.h, on both proxies. They leave no rows to adjust.
-// seq_rm returns false where the memory cannot forget a part (recurrent models): clear it then, and decode afresh.
+// seq_rm returns false where the memory cannot forget a part: clear the sequence then, and decode it afresh. Recurrent models
+// have a state. Sliding windows that share their cells with other sequences lose what they have passed, swa_full or not.
 ADL_API void adl_pair_memory_clear   (struct adl_pair * pair);
 ADL_API bool adl_pair_memory_seq_rm  (struct adl_pair * pair, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
 ADL_API void adl_pair_memory_seq_cp  (struct adl_pair * pair, llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1);

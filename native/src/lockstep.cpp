@@ -365,6 +365,7 @@ void adl_lockstep::finish(Output & output, int32_t row, int32_t pair_row) {
             mean                   = adjusted.mean;
         } else {
             mean = pair.expectation(pair_row);
+            check_dose(mean);
         }
         output.proxies          = pair.copy_row(pair_row, mean);
         output.result.evaluated = true;
@@ -565,8 +566,12 @@ void adl_lockstep::seq_cp(llama_seq_id source, llama_seq_id target, llama_pos p0
     t.steered = s.steered;
     t.cells.insert(t.cells.end(), s.cells.begin() + static_cast<std::ptrdiff_t>(first), s.cells.begin() + static_cast<std::ptrdiff_t>(last));
     t.n_held += n_held;
+    // A part of what the pair holds is no copy of its memory where that keeps a state, or a window.
+    const bool is_whole = n_held == 0 || n_held == s.n_held || pair.remembers(target, s.cells[first].pos, s.cells[first + n_held - 1].pos + 1);
     if (!follows) { // cells between cells: evaluated afresh, in order
         std::sort(t.cells.begin(), t.cells.end(), [](const Cell & a, const Cell & b) { return a.pos < b.pos; });
+    }
+    if (!follows || !is_whole) {
         pair.seq_rm(target, -1, -1);
         follow_pair();
         t.n_held = 0;

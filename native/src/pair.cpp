@@ -66,6 +66,7 @@ adl_pair::adl_pair(const adl_llama & table, const adl::Source & source, double e
       n_vocab_teacher(teacher ? llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(teacher)) : 0),
       teacher_ends(teacher ? adl::end_tokens(llama, llama.llama_model_get_vocab(teacher)) : std::vector<llama_token>()),
       n_batch_(static_cast<int32_t>(llama.llama_n_batch(plus.context))), n_ctx_train_(llama.llama_model_n_ctx_train(plus.model.handle)),
+      n_swa_(llama.llama_model_n_swa(plus.model.handle)),
       is_shared_(llama.llama_n_ctx(plus.context) > static_cast<uint32_t>(n_ctx_train_)),
       n_outputs_max_(params.context.n_outputs_max ? static_cast<int32_t>(params.context.n_outputs_max) : n_batch_),
       concurrency_(llama, params, plus.context, minus.context) {
@@ -240,8 +241,22 @@ void adl_pair::clear() noexcept {
 
 bool adl_pair::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     touch();
+    if (n_swa_ > 0 && p0 > 0 && (seq_id < 0 || (p0 <= llama.llama_memory_seq_pos_max(plus.memory, seq_id) && !remembers(seq_id, 0, p0)))) {
+        return false;
+    }
     const bool removed_plus = llama.llama_memory_seq_rm(plus.memory, seq_id, p0, p1);
     return llama.llama_memory_seq_rm(minus.memory, seq_id, p0, p1) && removed_plus;
+}
+
+// Is all there that a token at `next` looks back at, in a sequence from `first` on? Recurrent memory has the state at its end
+// alone. A sliding window that shares cells with other sequences has given away those that it had left behind, swa_full or not.
+bool adl_pair::remembers(llama_seq_id seq_id, llama_pos first, llama_pos next) const {
+    const llama_pos from  = n_swa_ > 0 ? std::max(first, next - n_swa_ + 1) : first;
+    const auto      holds = [&](const adl::Proxy & proxy) {
+        const llama_pos held = llama.llama_memory_seq_pos_min(proxy.memory, seq_id); // and all from there on
+        return held >= 0 && held <= from;
+    };
+    return holds(plus) && holds(minus);
 }
 
 void adl_pair::seq_cp(llama_seq_id source, llama_seq_id target, llama_pos p0, llama_pos p1) {

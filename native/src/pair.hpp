@@ -43,6 +43,7 @@ struct adl_pair {
 
     void clear() noexcept;
     bool seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    bool remembers(llama_seq_id seq_id, llama_pos first, llama_pos next) const;
     void seq_cp(llama_seq_id source, llama_seq_id target, llama_pos p0, llama_pos p1);
     void seq_keep(llama_seq_id seq_id);
     void touch() noexcept;
@@ -106,6 +107,7 @@ struct adl_pair {
 
     const int32_t            n_batch_;
     const int32_t            n_ctx_train_;
+    const int32_t            n_swa_; // tokens of a sliding window, 0 where there is none
     const bool               is_shared_; // a context of more tokens than one sequence may have
     const int32_t            n_outputs_max_;
     adl::Concurrency         concurrency_;

@@ -18,6 +18,7 @@ struct Cell {
     llama_pos              pos;
     llama_token            token;
     std::set<llama_seq_id> seqs;
+    std::set<llama_seq_id> lost = {}; // those of them whose sliding window no longer has it; see File::n_swa
 };
 
 struct llama_vocab {
@@ -170,9 +171,11 @@ std::vector<float> logits_of(const File & f, const History & history) {
 }
 
 History history_of(const llama_context * ctx, llama_seq_id seq_id, llama_pos end) {
-    History history;
+    const int32_t n_swa = file_of(ctx->model->path).n_swa;
+    History       history;
     for (const Cell & cell : ctx->cells) {
-        if (cell.seqs.count(seq_id) && cell.pos < end) {
+        const bool missed = cell.lost.count(seq_id) && end - 1 - cell.pos < n_swa;
+        if (cell.seqs.count(seq_id) && cell.pos < end && !missed) {
             history.push_back({cell.pos, cell.token});
         }
     }
@@ -199,6 +202,27 @@ llama_pos next_position(const llama_context * ctx, const std::vector<Entry> & be
         next = entry.cell.seqs.count(seq_id) ? std::max(next, entry.cell.pos + 1) : next;
     }
     return next;
+}
+
+// As if other tokens had taken the cells that a window has left behind. A sequence loses all that came before them, too.
+void lose(llama_context * ctx) {
+    const int32_t                     n_swa = file_of(ctx->model->path).n_swa;
+    std::map<llama_seq_id, llama_pos> last;
+    for (const Cell & cell : ctx->cells) {
+        for (const llama_seq_id s : cell.seqs) {
+            const bool is_alone = cell.seqs.size() == cell.lost.size() + 1 && !cell.lost.count(s);
+            if (n_swa > 0 && is_alone && next_position(ctx, {}, s) - cell.pos >= n_swa) {
+                last[s] = std::max(last[s], cell.pos);
+            }
+        }
+    }
+    for (const auto & [s, pos] : last) {
+        for (Cell & cell : ctx->cells) {
+            if (cell.seqs.count(s) && cell.pos <= pos) {
+                cell.lost.insert(s);
+            }
+        }
+    }
 }
 
 bool is_empty(const llama_context * ctx, const std::vector<Entry> & before, llama_seq_id seq_id) {
@@ -276,6 +300,7 @@ int32_t evaluate(llama_context * ctx, const llama_batch & batch, int32_t planned
     if (planned != 0 && rows.size() < ctx->rows.size()) { // the buffer does not shrink
         rows.insert(rows.end(), ctx->rows.begin() + static_cast<std::ptrdiff_t>(rows.size()), ctx->rows.end());
     }
+    lose(ctx);
     ctx->rows = std::vector<float>(rows.begin(), rows.end()); // to the size: reading beyond it is found
     return planned;
 }
@@ -517,6 +542,11 @@ int32_t llama_model_n_ctx_train(const llama_model * model) {
     return file_of(model->path).n_ctx_train;
 }
 
+int32_t llama_model_n_swa(const llama_model * model) {
+    Inside inside;
+    return file_of(model->path).n_swa;
+}
+
 llama_context * llama_init_from_model(llama_model * model, llama_context_params params) {
     Inside    inside;
     Lifecycle lifecycle;
@@ -640,6 +670,7 @@ bool llama_memory_seq_rm(llama_memory_t mem, llama_seq_id s, llama_pos p0, llama
     for (Cell & cell : mem->ctx->cells) {
         if (in_range(cell, p0, p1)) {
             all ? cell.seqs.clear() : void(cell.seqs.erase(s));
+            all ? cell.lost.clear() : void(cell.lost.erase(s));
         }
     }
     forget(mem->ctx);
@@ -652,9 +683,11 @@ void llama_memory_seq_cp(llama_memory_t mem, llama_seq_id s, llama_seq_id t, lla
     if (bad_sequence(mem->ctx, s, "llama_memory_seq_cp: no such source") || bad_sequence(mem->ctx, t, "llama_memory_seq_cp: no such target")) {
         return;
     }
+    const bool all = file_of(mem->ctx->model->path).recurrent;
     for (Cell & cell : mem->ctx->cells) {
-        if (cell.seqs.count(s) && in_range(cell, p0, p1)) {
+        if (cell.seqs.count(s) && (all || in_range(cell, p0, p1))) {
             cell.seqs.insert(t);
+            cell.lost.count(s) ? void(cell.lost.insert(t)) : void(cell.lost.erase(t));
         }
     }
 }
@@ -667,8 +700,22 @@ void llama_memory_seq_keep(llama_memory_t mem, llama_seq_id s) {
     }
     for (Cell & cell : mem->ctx->cells) {
         cell.seqs = cell.seqs.count(s) ? std::set<llama_seq_id>{s} : std::set<llama_seq_id>{};
+        cell.lost = cell.lost.count(s) ? cell.seqs : std::set<llama_seq_id>{};
     }
     forget(mem->ctx);
+}
+
+llama_pos llama_memory_seq_pos_min(llama_memory_t mem, llama_seq_id s) {
+    Inside    inside;
+    Use       use(mem->ctx);
+    const bool is_state = file_of(mem->ctx->model->path).recurrent;
+    llama_pos  first    = -1;
+    for (const Cell & cell : mem->ctx->cells) {
+        if (cell.seqs.count(s) && !cell.lost.count(s)) {
+            first = first < 0 ? cell.pos : is_state ? std::max(first, cell.pos) : std::min(first, cell.pos);
+        }
+    }
+    return first;
 }
 
 llama_pos llama_memory_seq_pos_max(llama_memory_t mem, llama_seq_id s) {

@@ -73,7 +73,8 @@ struct File {
     uint64_t                     seed        = 1; // the model
     uint64_t                     own_seed    = 0; // what tells a half from the other, or an adapter's part
     float                        own_scale   = 0; // of its part in a logit, an adapter's at scale 1
-    bool                         recurrent   = false; // the memory forgets all of a sequence or nothing
+    bool                         recurrent   = false; // the memory forgets all of a sequence or nothing, and copies all of it
+    int32_t                      n_swa       = 0; // the memory loses what one sequence alone has and its next token does not see
     Faults                       faults;
 };
 

@@ -409,9 +409,86 @@ TEST(what_is_no_step_is_refused) {
     CHECK(adl_lockstep_init(step.pair, step.context, {8, false}) == nullptr);
 }
 
-// 10,000 random operations on four sequences; after each decode every row is that of a fresh evaluation.
-TEST(random_operations) {
+// What the proxies' memory keeps: everything, a state, or a window that shares its cells.
+enum class Memory { WHOLE, STATE, WINDOW };
+
+void install(Memory memory) {
     models::install();
+    for (const char * path : {models::PLUS, models::MINUS}) {
+        fake::file(path).recurrent = memory == Memory::STATE;
+        fake::file(path).n_swa     = memory == Memory::WINDOW ? 4 : 0;
+    }
+}
+
+TEST(what_the_proxies_memory_lost_is_evaluated_again) {
+    for (const Memory memory : {Memory::STATE, Memory::WINDOW}) {
+        install(memory);
+        Step   step;
+        Tokens tokens;
+        for (llama_token token = 10; token < 40; ++token) {
+            tokens.push_back(token);
+        }
+        CHECK_EQ(step.append(0, tokens, protect(2.0, 0.0)), ADL_OK);
+        check_row(step, 0, tokens, protect(2.0, 0.0));
+
+        CHECK(adl_lockstep_memory_seq_rm(step.lockstep, 0, 20, -1)); // back
+        CHECK_EQ(adl_lockstep_n_held(step.lockstep, 0), 0u);
+        step.held[0].resize(20);
+        CHECK_EQ(step.append(0, {7}, protect(2.0, 0.0)), ADL_OK);
+        check_row(step, 0, step.held[0], protect(2.0, 0.0));
+
+        CHECK_EQ(adl_lockstep_memory_seq_cp(step.lockstep, 0, 1, -1, 12), ADL_OK); // a copy of a part
+        CHECK_EQ(adl_lockstep_n_held(step.lockstep, 1), 0u);
+        step.held[1] = Tokens(tokens.begin(), tokens.begin() + 12);
+        CHECK_EQ(step.append(1, {7}, protect(2.0, 0.0)), ADL_OK);
+        check_row(step, 0, step.held[1], protect(2.0, 0.0));
+
+        std::vector<double> doses(5); // of what was said long ago
+        CHECK_EQ(adl_lockstep_doses(step.lockstep, 0, 8, &step.held[0][8], 5, doses.data()), ADL_OK);
+        for (size_t i = 0; i < 5; ++i) {
+            const Tokens before(tokens.begin(), tokens.begin() + 8 + static_cast<std::ptrdiff_t>(i));
+            CHECK_EQ(doses[i], expected(before, observe()).dose(step.held[0][8 + i]));
+        }
+    }
+}
+
+TEST(a_whole_copy_and_a_window_that_is_there_are_not_evaluated_again) {
+    for (const Memory memory : {Memory::WHOLE, Memory::STATE, Memory::WINDOW}) {
+        install(memory);
+        Step         step;
+        const Tokens tokens = {10, 11, 12, 13, 14, 15, 16, 17, 18};
+        CHECK_EQ(step.append(0, tokens, protect(2.0, 0.0)), ADL_OK);
+        CHECK_EQ(adl_lockstep_memory_seq_cp(step.lockstep, 0, 1, -1, -1), ADL_OK);
+        CHECK_EQ(adl_lockstep_n_held(step.lockstep, 1), tokens.size());
+        step.held[1] = step.held[0];
+        CHECK_EQ(step.append(1, {7}, protect(2.0, 0.0)), ADL_OK);
+        check_row(step, 0, step.held[1], protect(2.0, 0.0));
+        if (memory != Memory::STATE) { // the next token to be decoded sees as far back as the one before
+            CHECK(adl_lockstep_memory_seq_rm(step.lockstep, 1, static_cast<llama_pos>(tokens.size()), -1));
+            CHECK_EQ(adl_lockstep_n_held(step.lockstep, 1), tokens.size());
+        }
+    }
+}
+
+TEST(nonsense_closes_an_observed_row) {
+    models::install();
+    for (const float value : {NAN, INFINITY}) {
+        Step         step;
+        const Tokens tokens = prompt(true);
+        fake::file(models::PLUS).faults.logits = {{5, value}};
+        CHECK_EQ(step.append(0, tokens, observe()), ADL_ERROR_PROXY);
+        CHECK(step.results[0].closed);
+        CHECK(!same(step.row(0), fake::logits(models::TEACHER, tokens)));
+        check_no_proxies(step, 0);
+        fake::file(models::PLUS).faults.logits.clear();
+        CHECK_EQ(step.append(1, tokens, observe()), ADL_OK);
+        check_row(step, 0, tokens, observe());
+    }
+}
+
+// Random operations on four sequences; after each decode every row is that of a fresh evaluation.
+static void operate_at_random(Memory memory, int n) {
+    install(memory);
     adl_pair_params of    = models::params();
     of.context.n_ctx      = 512; // as the teacher's
     of.context.kv_unified = true;
@@ -422,7 +499,7 @@ TEST(random_operations) {
         const double guards[] = {0.0, 0.05, GUARD, 1.0};
         return {below(5) * 0.8, guards[below(4)], below(3), below(8) == 0};
     };
-    for (int i = 0; i < 10000; ++i) {
+    for (int i = 0; i < n; ++i) {
         const llama_seq_id seq_id = below(4);
         Tokens &           held   = step.held[seq_id];
         switch (const int what = below(20)) {
@@ -436,8 +513,11 @@ TEST(random_operations) {
                 const llama_seq_id source = below(4);
                 if (source != seq_id) {
                     CHECK(adl_lockstep_memory_seq_rm(step.lockstep, seq_id, -1, -1));
-                    CHECK_EQ(adl_lockstep_memory_seq_cp(step.lockstep, source, seq_id, -1, -1), ADL_OK);
+                    const bool all  = below(2) == 0;
+                    const auto size = static_cast<int>(step.held[source].size()), end = all ? size : below(size + 1);
+                    CHECK_EQ(adl_lockstep_memory_seq_cp(step.lockstep, source, seq_id, -1, all ? -1 : end), ADL_OK);
                     held = step.held[source];
+                    held.resize(static_cast<size_t>(end));
                 }
                 break;
             }
@@ -500,8 +580,12 @@ TEST(random_operations) {
             }
         }
     }
-    CHECK(step.stats().n_evaluated > 1000);
+    CHECK(step.stats().n_evaluated > n / 10);
     CHECK(step.stats().n_rows > 2 * step.stats().n_evaluated);
 }
+
+TEST(random_operations) { operate_at_random(Memory::WHOLE, 10000); }
+TEST(random_operations_on_states) { operate_at_random(Memory::STATE, 2000); }
+TEST(random_operations_on_windows) { operate_at_random(Memory::WINDOW, 2000); }
 
 MAIN
