@@ -7,7 +7,8 @@ is sampled for a request depends on the others only through rounding: llama.cpp 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import llama_cpp
@@ -79,7 +80,7 @@ class ParallelLlama:
             raise InputError(f"best_of={best_of}: give a whole number from 1 up, and a bundle to choose by")
         if answer is not None and best_of < 3:
             raise InputError(f"best_of={best_of}: no answer has a majority among so few; give 3 or more, 8 perhaps")
-        self.best_of, self._answer = best_of, answer
+        self.best_of, self._answer, self._is_generating = best_of, answer, False
         settings = Settings(0.0, 0.0)
         if bundle is not None:  # before any weights are read
             bundle = _opened(bundle)
@@ -97,7 +98,7 @@ class ParallelLlama:
         self.model, context = _load(path, params, n_gpu_layers)
         self._pairs: list[ProxyPair] = []
         try:
-            n_outputs = max(n_parallel, _N_DOSED if best_of > 1 else 0)
+            n_outputs = max(n_parallel, _N_DOSED)
             for each in bundles:
                 self._pairs.append(_open_pair(each, params, n_outputs, n_gpu_layers, self.model))
             self._runner = Runner(context, n_batch, self._pairs, adjuster)
@@ -157,17 +158,27 @@ class ParallelLlama:
             AdlocalError: llama_decode fails, or a proxy does.
             InputError: another call's completions are still being read.
         """
-        if not self.scheduler.is_idle:
+        if self._is_generating or not self.scheduler.is_idle:
             raise InputError("another call's completions are still being read; read or close them first")
-        asked = (replace(each, dosed=each.dosed or self.best_of > 1) for each in repeated(requests, self.best_of))
-        self.scheduler.sampling = sampling
-        yield from best_of(self._completions(asked, on_tokens), self.best_of, self._said)
+        self._is_generating = True
+        try:
+            with closing(self._completions(self._asked(requests, sampling), on_tokens)) as completions:
+                yield from best_of(completions, self.best_of, self._said)
+        finally:
+            self._is_generating = False
 
-    def _completions(self, requests: Iterator[Request], on_tokens: Callable[[int], None]) -> Iterator[Completion]:
-        scheduler, open_ids, rest = self.scheduler, set[int](), iter(requests)
+    def _asked(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Request]:
+        """What the scheduler is asked for."""
+        for each in repeated(requests, self.best_of):
+            yield replace(each, sampling=each.sampling or sampling, dosed=each.dosed or self.best_of > 1)
+
+    def _completions(
+        self, requests: Iterator[Request], on_tokens: Callable[[int], None]
+    ) -> Generator[Completion, None, None]:
+        scheduler, open_ids = self.scheduler, set[int]()
         try:
             while True:
-                while scheduler.n_waiting < max(scheduler.n_free, 1) and (request := next(rest, None)) is not None:
+                while scheduler.n_waiting < max(scheduler.n_free, 1) and (request := next(requests, None)) is not None:
                     open_ids.add(scheduler.submit(request))
                 if scheduler.is_idle:
                     return

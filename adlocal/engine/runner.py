@@ -105,9 +105,7 @@ class Runner:
         try:
             closed = self._evaluate([self._row_params(each) for each in settings])
         except DecodeError as error:
-            raise AdlocalError(
-                f"llama_decode of {len(chunks)} sequences failed ({error.status}); try fewer, or a smaller context"
-            ) from None
+            raise AdlocalError(f"{len(chunks)} sequences: {error}; try fewer, or a smaller context") from None
         if closed:
             failure = native.error()
             if self.adjuster is not None:  # which has not seen the others
@@ -173,8 +171,8 @@ class Runner:
         memory = llama_cpp.llama_get_memory(self.context.ctx)
         return [bool(llama_cpp.llama_memory_seq_rm(memory, seq_id, first, -1))]
 
-    def share(self, source: int, target: int, n: int) -> None:
-        """Makes the first n tokens of a sequence all that another one has, which is empty.
+    def share(self, source: int, target: int, n: int) -> bool:
+        """Makes the first n tokens of a sequence all that another one has, which is empty; False as `forget`.
 
         llama.cpp copies whole streams, when it decodes next, and cuts what is cut here at once (`llama_memory_seq_cp`).
         """
@@ -183,7 +181,7 @@ class Runner:
         if not self._locksteps:
             memory = llama_cpp.llama_get_memory(self.context.ctx)
             llama_cpp.llama_memory_seq_cp(memory, source, target, -1, -1)
-        self.forget(target, n)
+        return self.forget(target, n)
 
     def clear(self) -> None:
         """Empties all memories."""

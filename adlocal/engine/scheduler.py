@@ -1,7 +1,8 @@
 """Continuous batching: requests come and go while others are being answered.
 
-A step has every sequence decode its next token, and gives what is left of the batch to prompts that are being read. A
-request takes over what is in memory of its prompt: from the sequence that it gets, or copied from another.
+A step has every sequence decode its next token, and gives what is left of the batch to prompts that are being read, to
+the one that has waited longest first. A request takes over what is in memory of its prompt: from the sequence that it
+gets, or copied from another.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import llama_cpp
 from llama_cpp._internals import LlamaSampler
@@ -49,7 +51,7 @@ class _Slot:
     Attributes:
         held: tokens in memory.
         canonical: how many of them are as a fresh context would have them; see `prefix`.
-        used_at: when it was last given to a request.
+        used_at: the step in which a request last had it.
     """
 
     seq_id: int
@@ -66,8 +68,11 @@ class Scheduler:
         runner: with an empty context, which is the scheduler's from then on.
         n_parallel: its sequences.
         n_ctx: tokens of context for each.
-        settings, sampling: of requests that have none of their own.
+        settings, sampling: of requests that are submitted without their own.
         max_waiting: how many requests may wait for a sequence.
+
+    Raises:
+        InputError: the batch has no room for a part of a prompt beside all sequences.
 
     Example:
         >>> scheduler.submit(Request(0, tokens, n_predict=64))
@@ -85,6 +90,11 @@ class Scheduler:
         sampling: Sampling | None = None,
         max_waiting: int = 1024,
     ) -> None:
+        if runner.n_batch < n_parallel + prefix.BLOCK:
+            raise InputError(
+                f"n_batch={runner.n_batch}, n_parallel={n_parallel}: a prompt is read {prefix.BLOCK} tokens at a time "
+                f"beside the sequences; give n_batch={n_parallel + prefix.BLOCK} or more"
+            )
         self.settings, self.sampling, self.max_waiting = settings, sampling or Sampling(), max_waiting
         self.shares = runner.can_share()
         self._runner, self._n_ctx = runner, n_ctx
@@ -92,7 +102,7 @@ class Scheduler:
         self._slots = [_Slot(seq_id) for seq_id in range(n_parallel)]
         self._waiting: deque[tuple[int, Request]] = deque()
         self._cancelled: list[Ended] = []
-        self._n_submitted = 0
+        self._n_submitted = self._n_steps = 0
 
     @property
     def n_waiting(self) -> int:
@@ -122,22 +132,37 @@ class Scheduler:
 
         Raises:
             BusyError: `max_waiting` requests wait already.
-            InputError: it has no prompt, no token to predict, or a prompt that fills the context.
+            InputError: it has no prompt, no token to predict, a prompt that fills the context or is of another
+                vocabulary, or asks for protection or a dose where there is no bundle.
         """
-        n = len(request.tokens)
-        if not 0 < n < self._n_ctx or request.n_predict < 1:
-            raise InputError(
-                f"a prompt of {n} tokens and n_predict={request.n_predict}: give at least one of each, and a prompt "
-                f"shorter than the context of {self._n_ctx}"
-            )
+        settings, sampling = request.settings or self.settings, request.sampling or self.sampling
+        request = replace(request, settings=settings, sampling=sampling)
+        self._check(request)
         if self.n_waiting >= self.max_waiting:
             raise BusyError(f"{self.n_waiting} requests wait already, max_waiting={self.max_waiting}; try again later")
         self._n_submitted += 1
         self._waiting.append((self._n_submitted, request))
         return self._n_submitted
 
+    def _check(self, request: Request) -> None:
+        n, n_vocab = len(request.tokens), llama_cpp.llama_vocab_n_tokens(self._vocab)
+        if not 0 < n < self._n_ctx or request.n_predict < 1:
+            raise InputError(
+                f"a prompt of {n} tokens and n_predict={request.n_predict}: give at least one of each, and a prompt "
+                f"shorter than the context of {self._n_ctx}"
+            )
+        strangers = [token for token in request.tokens if not 0 <= token < n_vocab]
+        if strangers:
+            raise InputError(f"token {strangers[0]}: the vocabulary has 0 to {n_vocab - 1}; give ids of this model")
+        strength = request.settings.strength if request.settings else 0.0
+        if self._runner.lockstep is None and (strength > 0 or request.dosed):
+            raise InputError(f"strength={strength:g}, dosed={request.dosed}: they act through a bundle; give one")
+
     def cancel(self, id: int) -> None:
-        """Ends a request, waiting or running; the next step tells. One that has ended is left alone."""
+        """Ends a request, waiting or running, and frees its sequence at once.
+
+        The next step tells, with what it was given so far. One that has ended is left alone.
+        """
         for waiting in [each for each in self._waiting if each[0] == id]:
             self._waiting.remove(waiting)
             self._cancelled.append(Ended(id, Completion(waiting[1].index, [], "cancelled")))
@@ -155,16 +180,18 @@ class Scheduler:
         Raises:
             AdlocalError: llama.cpp failed. All running requests are lost and their memory is cleared; others wait on.
         """
-        cancelled, self._cancelled = self._cancelled, []
-        self._admit()
+        self._n_steps += 1
         try:
+            self._admit()
             chunks = self._schedule()
             rows = self._runner.decode(chunks) if chunks else []
             self._note(chunks)
-            return [*cancelled, *self._emit(rows)]
+            events = self._emit(rows)
         except BaseException:
             self._abort()
             raise
+        cancelled, self._cancelled = self._cancelled, []
+        return [*cancelled, *events]
 
     def _abort(self) -> None:
         for slot in self._slots:
@@ -176,28 +203,27 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Gives sequences to requests in their order. One whose prompt is being read for another waits to share it."""
-        while self._waiting and self.n_free:
-            id, request = self._waiting[0]
-            place = self._place(request.tokens)
-            if place is None:
+        for waiting in list(islice(self._waiting, len(self._slots))):
+            if not self.n_free:
                 return
-            self._waiting.popleft()
-            slot, source, n = place
-            self._prepare(slot, source, n)
-            self._start(slot, id, request, n)
+            id, request = waiting
+            if (place := self._place(request.tokens)) is not None:
+                slot, source, n = place
+                n_held = self._prepare(slot, source, n)
+                self._waiting.remove(waiting)
+                self._start(slot, id, request, n_held)
 
     def _place(self, prompt: Sequence[int]) -> tuple[_Slot, _Slot, int] | None:
         """A free slot for a prompt, the slot whose tokens it takes over, and how many; None to wait for them."""
-        free = sorted((each for each in self._slots if each.running is None), key=lambda each: each.used_at)
-        own = max(free, key=lambda slot: (self._reusable(slot, prompt), not slot.held))
-        n, source = self._reusable(own, prompt), own
-        others = [(slot, running) for slot, running in self._running() if self.shares]
-        for slot, running in others:
-            if running.is_read and (found := prefix.reusable(slot.held, slot.canonical, prompt)) > n:
-                n, source = found, slot
-        if any(not running.is_read and _gain(running.request.tokens, prompt) > n for _, running in others):
+        free = [slot for slot in self._slots if slot.running is None]
+        oldest = min(free, key=lambda slot: (bool(slot.held), slot.used_at))
+        readers = [running for _, running in self._running() if self.shares and not running.is_read]
+        holders = [slot for slot in self._slots if slot.running is None or (self.shares and slot.running.is_read)]
+        source = max(holders, key=lambda slot: (self._reusable(slot, prompt), -len(slot.held)))
+        n = self._reusable(source, prompt)
+        if any(_gain(reader.request.tokens, prompt) > n for reader in readers):
             return None
-        return (own if source is own else free[0]), source, n
+        return (source if _is_taken_over(source, n, oldest) else oldest), source, n
 
     def _reusable(self, slot: _Slot, prompt: Sequence[int]) -> int:
         """How many of its tokens a prompt may begin with. Where memory forgets, all or none."""
@@ -206,42 +232,49 @@ class Scheduler:
         n = len(slot.held)
         return n if n < len(prompt) and list(prompt[:n]) == slot.held else 0
 
-    def _prepare(self, slot: _Slot, source: _Slot, n: int) -> None:
-        """Has the slot hold the first n tokens of the source, and nothing else."""
-        if source is not slot:
+    def _prepare(self, slot: _Slot, source: _Slot, n: int) -> int:
+        """Has the slot hold the first n tokens of the source and nothing else; returns how many it does hold."""
+        if n == 0 or source is slot:
+            keeps = n == len(slot.held) or self._runner.forget(slot.seq_id, n)
+        else:
             self._runner.forget(slot.seq_id, 0)
-            self._runner.share(source.seq_id, slot.seq_id, n)
-        elif n < len(slot.held):
-            self._runner.forget(slot.seq_id, n)
+            keeps = self._runner.share(source.seq_id, slot.seq_id, n)
+        n = n if keeps else 0
         slot.held, slot.canonical = source.held[:n], min(source.canonical, n)
+        return n
 
     def _start(self, slot: _Slot, id: int, request: Request, n_held: int) -> None:
         limit = min(request.n_predict, self._n_ctx - len(request.tokens))
         sampler = (request.sampling or self.sampling).chain(request.seed)
         settings = request.settings or self.settings
-        slot.used_at = id
         slot.running = _Running(id, request, settings, limit, sampler, list(request.tokens[n_held:]))
 
     def _release(self, slot: _Slot) -> None:
         if slot.running is not None:
             slot.running.sampler.close()
-            slot.running = None
+            slot.running, slot.used_at = None, self._n_steps
 
     # What is decoded
 
     def _schedule(self) -> list[Chunk]:
         """The next batch: a token of every sequence that is past its prompt, and of prompts what there is room for."""
+        parts = self._parts()
+        return [
+            Chunk(slot.seq_id, each.pending[: parts[each.id]], len(slot.held), each.settings if each.is_read else None)
+            for slot, each in self._running()
+            if parts[each.id]
+        ]
+
+    def _parts(self) -> dict[int, int]:
+        """How many tokens each running request decodes, by its id."""
         running = list(self._running())
-        n_read = sum(each.is_read for _, each in running)
-        room = min(self._runner.n_batch - len(running), N_CHUNK if n_read else self._runner.n_batch)
-        chunks = []
-        for slot, each in running:
-            n = 1 if each.is_read else self._part(slot, each, room)
-            room -= 0 if each.is_read else n
-            if n:
-                settings = each.settings if each.is_read else None
-                chunks.append(Chunk(slot.seq_id, each.pending[:n], len(slot.held), settings))
-        return chunks
+        parts = {each.id: 1 for _, each in running if each.is_read}
+        room = min(self._runner.n_batch - len(parts), N_CHUNK if parts else self._runner.n_batch)
+        for slot, each in sorted(running, key=lambda one: one[1].id):
+            if not each.is_read:
+                parts[each.id] = self._part(slot, each, room)
+                room -= parts[each.id]
+        return parts
 
     def _part(self, slot: _Slot, running: _Running, room: int) -> int:
         """How much of a prompt is read next: batches begin at multiples of `prefix.BLOCK`, see there."""
@@ -306,12 +339,22 @@ class Scheduler:
         return Ended(running.id, Completion(request.index, sampled[: len(sampled) - (reason == "stop")], reason, dose))
 
     def _dose(self, slot: _Slot, request: Request, sampled: Sequence[int]) -> float:
-        if self._runner.lockstep is None:
-            raise InputError("a dose is measured by a bundle's proxies; give one")
-        doses = self._runner.lockstep.doses(slot.seq_id, len(request.tokens), sampled)
+        lockstep = self._runner.lockstep
+        assert lockstep is not None, "submit refuses others"
+        doses = lockstep.doses(slot.seq_id, len(request.tokens), sampled)
         return math.fsum(doses) / len(doses)
 
 
 def _gain(other: Sequence[int], prompt: Sequence[int]) -> int:
     """How many of its tokens a prompt may begin with once another one has been read."""
     return prefix.reusable(other, len(other) - 1, prompt)
+
+
+def _is_taken_over(source: _Slot, n: int, oldest: _Slot) -> bool:
+    """Whether a prompt goes on in the source itself, of which it uses n tokens; a copy of them goes into the oldest.
+
+    One that says what was held and more does. One that uses half does, rather than that another is given up for it.
+    """
+    if source.running is not None or n == 0:
+        return False
+    return n == len(source.held) or (bool(oldest.held) and 2 * n >= len(source.held))

@@ -35,8 +35,12 @@ class Pairs:
         """A random model with random directions, each a unit matrix."""
         model = tiny.tiny_model(architecture, **overrides)
         base = tiny.write_gguf(model, folder / "base.gguf", tiny.CHAT_TEMPLATE)
-        tied, rng = bool(model.config.tie_word_embeddings), np.random.default_rng(7)
-        directions = []
+        return cls.over(base, architecture, template, tied=bool(model.config.tie_word_embeddings))
+
+    @classmethod
+    def over(cls, base: Path, architecture: str, template: Bundle, *, tied: bool = False) -> Pairs:
+        """Random directions for a model that is written already."""
+        rng, directions = np.random.default_rng(7), list[LowRank]()
         for tensor in gguf.GGUFReader(base).tensors:
             if len(tensor.shape) == 2 and not (tied and tensor.name == "token_embd.weight"):
                 n_in, n_out = map(int, tensor.shape)

@@ -59,7 +59,7 @@ def write_gguf(model: Any, path: Path, chat_template: str | None = None, pieces:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    _add_vocabulary(writer, config.vocab_size, pieces or BYTES)
+    add_vocabulary(writer, config.vocab_size, pieces or BYTES)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     parameters = dict(model.named_parameters())
@@ -88,7 +88,8 @@ def interleaved(values: Any, n_head: int) -> Any:
     return np.ascontiguousarray(rows.swapaxes(1, 2).reshape(values.shape))
 
 
-def _add_vocabulary(writer: Any, n_vocab: int, pieces: list[str]) -> None:
+def add_vocabulary(writer: Any, n_vocab: int, pieces: list[str]) -> None:
+    """A byte vocabulary with two control tokens, padded."""
     padding = [f"[PAD{i}]" for i in range(258, n_vocab)]
     tokens = [*pieces, "<s>", "</s>", *padding]
     normal, control, unused = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL, gguf.TokenType.UNUSED
