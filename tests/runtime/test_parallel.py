@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 from llama_cpp._internals import LlamaSampler
 
-from adlocal import AdlocalError, AntidistillationLlama, ProxyError, ProxyPair
+from adlocal import AdlocalError, AntidistillationLlama, InputError, ProxyError, ProxyPair
 from adlocal.engine.parallel import ParallelLlama
 from adlocal.engine.runner import Chunk, Row, Runner
 from adlocal.engine.sequences import Completion, Request, Sampling
@@ -286,3 +286,88 @@ def test_a_token_of_any_length_has_its_text(tmp_path: Path) -> None:
     with closing(ParallelLlama(path, n_threads=1)) as llm:
         assert llm.text([66, 65, 67, tiny.EOS]) == "B" + " " * 128 + "C"
         assert llm.text([*"é".encode(), *"é".encode()[:1]]) == "é", "half a character is left out"
+
+
+# Reading completions one by one
+
+
+def test_a_call_that_is_closed_early_cancels_its_requests(teacher: Path, plain: Any) -> None:
+    with closing(ParallelLlama(teacher, n_ctx=N_CTX_PROXY, n_parallel=2, n_threads=1)) as llm:
+        completions = llm.generate(SHORT, Sampling())
+        next(completions)
+        assert llm.scheduler.n_running
+        cast(Any, completions).close()
+        assert llm.scheduler.is_idle
+        done = {each.index: (each.tokens, each.finish_reason) for each in llm.generate(SHORT, Sampling())}
+    assert done == {a.index: alone(plain, a.tokens, a.n_predict) for a in SHORT}
+
+
+@pytest.mark.parametrize("n_requests", [1, 3])
+def test_a_second_call_waits_for_the_first_to_be_read(n_requests: int, teacher: Path) -> None:
+    """Also where the first one has nothing under way at the moment: more may come of it."""
+    with closing(ParallelLlama(teacher, n_ctx=N_CTX_PROXY, n_parallel=1, n_threads=1)) as llm:
+        completions = llm.generate(SHORT[:n_requests], Sampling())
+        done = [next(completions)]
+        with pytest.raises(InputError, match="another call's completions are still being read"):
+            next(llm.generate(SHORT, Sampling()))
+        done += completions
+        assert [each.index for each in done] == list(range(n_requests))
+        assert len(list(llm.generate(SHORT, Sampling()))) == len(SHORT)
+
+
+def test_a_call_waits_for_what_was_submitted_apart(teacher: Path) -> None:
+    with closing(ParallelLlama(teacher, n_ctx=N_CTX_PROXY, n_parallel=2, n_threads=1)) as llm:
+        id = llm.scheduler.submit(SHORT[0])
+        with pytest.raises(InputError, match="another call's"):
+            next(llm.generate(SHORT, Sampling()))
+        llm.scheduler.cancel(id)
+        llm.scheduler.step()
+        assert len(list(llm.generate(SHORT, Sampling()))) == len(SHORT)
+
+
+def test_a_request_may_have_a_sampling_of_its_own(teacher: Path, plain: Any) -> None:
+    """And the scheduler's is what it was."""
+    unsure = Sampling(1.5, top_k=50)
+    asked = [replace(SHORT[0], sampling=unsure), replace(SHORT[0], index=1)]
+    with closing(ParallelLlama(teacher, n_ctx=N_CTX_PROXY, n_parallel=2, n_threads=1)) as llm:
+        found = {each.index: (each.tokens, each.finish_reason) for each in llm.generate(asked, Sampling(0.7))}
+        assert llm.scheduler.sampling == Sampling()
+    expected = [answered_alone(plain, each, how) for each, how in zip(asked, (unsure, Sampling(0.7)), strict=True)]
+    assert list(map(found.get, (0, 1))) == expected
+    assert expected[0] != expected[1]
+
+
+def test_a_request_that_cannot_be_answered_ends_the_call(teacher: Path) -> None:
+    with closing(ParallelLlama(teacher, n_ctx=N_CTX_PROXY, n_parallel=2, n_threads=1)) as llm:
+        with pytest.raises(InputError, match="a prompt of 257 tokens"):
+            list(llm.generate([SHORT[0], replace(SHORT[1], tokens=prompt(256))], Sampling()))
+        assert llm.scheduler.is_idle
+        assert len(list(llm.generate(SHORT, Sampling()))) == len(SHORT)
+
+
+@pytest.mark.parametrize("where", ["decode", "share", "sample"])
+@pytest.mark.usefixtures("exact_kernels")
+def test_an_interrupt_leaves_the_model_usable(
+    where: str, teacher: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C inside a step, which is where nearly all the time goes."""
+    calls: list[int] = []
+    owner: Any = LlamaSampler if where == "sample" else Runner
+    original = getattr(owner, where)
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == (1 if where == "share" else 6):
+            raise KeyboardInterrupt
+        return original(*args)
+
+    asked = [*SHORT, replace(SHORT[0], index=7, tokens=[*SHORT[1].tokens[:64], 65])]
+    protection: dict[str, Any] = {"bundle": tiny_bundle, "strength": STRENGTH}
+    with closing(ParallelLlama(teacher, n_ctx=N_CTX_PROXY, n_parallel=8, n_threads=1, **protection)) as llm:
+        before = {each.index: each for each in llm.generate(asked, Sampling())}
+        monkeypatch.setattr(owner, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(llm.generate(asked, Sampling()))
+        monkeypatch.undo()
+        assert llm.scheduler.is_idle
+        assert {each.index: each for each in llm.generate(asked, Sampling())} == before
