@@ -35,6 +35,7 @@ class LockstepContext:
 
     Attributes:
         settings: of the next decode.
+        full: whether the next decode evaluates the pair for every row, not only where there is a choice to steer.
         tokens: ids in the teacher's memory, in order.
         rows: the last decode's rows, empty when none may be sampled from.
         evaluated_with: the settings that gave `rows`, and the pair's ε at that time.
@@ -44,15 +45,15 @@ class LockstepContext:
     _DELEGATED = frozenset({"ctx", "model", "params", "n_ctx", "pooling_type", "reset_timings", "print_timings"})
 
     def __init__(self, teacher: LlamaContext, pair: ProxyPair, settings: Settings, *, full: bool = False) -> None:
-        """Takes an empty teacher's context; the pair's memory is cleared. `full` evaluates the pair for every row."""
+        """Takes an empty teacher's context; the pair's memory is cleared."""
         self._teacher, self._pair, self._lib = teacher, pair, native.library()
-        params = native.LockstepParams(ctypes.sizeof(native.LockstepParams), full)
+        params = native.LockstepParams(ctypes.sizeof(native.LockstepParams), False)  # `full` is each row's
         handle = self._lib.adl_lockstep_init(pair.handle, teacher.ctx, params)
         if handle is None:
             raise native.error()
         self._handle = handle
         weakref.finalize(self, self._lib.adl_lockstep_free, handle)
-        self.settings = settings
+        self.settings, self.full = settings, full
         self.evaluated_with = self.in_force
         self.tokens: list[int] = []
         self.rows: list[AdjustedRow] = []
@@ -88,7 +89,7 @@ class LockstepContext:
             )
         n = sum(map(bool, raw.logits[: raw.n_tokens]))
         mode = native.MODE_PROTECT if self.settings.protects else native.MODE_OFF
-        row = native.RowParams(self.settings.strength, self.settings.guard, mode, False)
+        row = native.RowParams(self.settings.strength, self.settings.guard, mode, self.full)
         results = (native.RowResult * n)()
         status = self._lib.adl_lockstep_decode(self._handle, raw, (native.RowParams * n)(*[row] * n), n, results)
         self._note(start, raw.token[: raw.n_tokens])
