@@ -112,6 +112,11 @@ class ParallelLlama:
         return self._pairs[0] if self._pairs else None
 
     @property
+    def context(self) -> int:
+        """llama.cpp's context of the model, for reading."""
+        return int(self._runner.context.ctx)
+
+    @property
     def settings(self) -> Settings:
         """Those of requests that have none of their own; of strength 0 without a bundle."""
         return self.scheduler.settings

@@ -163,10 +163,11 @@ class Scheduler:
             self._note(chunks)
             return [*cancelled, *self._emit(rows)]
         except BaseException:
-            self._abort()
+            self.reset()
             raise
 
-    def _abort(self) -> None:
+    def reset(self) -> None:
+        """Forgets what is in memory. Running requests are lost; others wait on."""
         for slot in self._slots:
             self._release(slot)
             slot.held, slot.canonical = [], 0

@@ -325,40 +325,6 @@ def test_a_missing_teacher_is_refused(cli: Cli, tiny_bundle: Path, tmp_path: Pat
     refused(cli("bench", "-m", teacher, "--bundle", tiny_bundle), "bench", "nowhere.gguf: no such file")
 
 
-def test_bench_gives_ratios_of_one_run(cli: Cli, tiny_llama: Path, tiny_bundle: Path) -> None:
-    argv = ["bench", "-m", tiny_llama, "--bundle", tiny_bundle, "-c", 256, "-n", 3, "-t", 1]
-    found = json.loads(cli(*argv, "--json").out)
-    assert all(value > 0 for value in found.values())
-    for ratio, (over, under) in {
-        "protected_of_ideal": ("ideal", "protected"),
-        "protected_of_in_turns": ("in_turns", "protected"),
-        "protected_of_plain": ("plain", "protected"),
-        "strength_0_of_plain": ("plain", "strength_0"),
-    }.items():
-        assert found[ratio] == pytest.approx(found[over] / found[under])
-    table = cli(*argv)
-    assert table.status == 0
-    assert "AntidistillationLlama, strength 0" in table.out
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["-c", "32"], ["--ctx-size 32: bench needs", "-n"]),
-        (["-n", "500"], ["--ctx-size 256: bench needs"]),
-        (["--strength", "0"], ["--strength 0 is the plain teacher"]),
-        (["--strength", "-2"], ["strength=-2.0"]),
-        (["--guard", "3"], ["guard=3.0"]),
-    ],
-)
-def test_wrong_options_of_bench_are_refused(
-    argv: list[str], words: list[str], cli: Cli, tiny_llama: Path, tiny_bundle: Path
-) -> None:
-    done = cli("bench", "-m", tiny_llama, "--bundle", tiny_bundle, "-c", 256, "-t", 1, *argv)
-    refused(done, "bench", *words)
-    only_line(done)
-
-
 # The command as a whole
 
 
