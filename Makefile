@@ -5,7 +5,7 @@ BIN := .venv/bin
 PARALLEL := $(BIN)/python -m pytest -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lab check test test-native-sanitize lint fidelity qualities ends-table bench-gradient clean
+.PHONY: help setup demo lab check test test-native-sanitize lint fidelity qualities ends-table bench-gradient batch-costs proxy-types clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,12 @@ ends-table: setup  ## Print what the treatment of end-of-generation tokens does 
 
 bench-gradient: setup  ## Print time and memory of the gradient beside a bare loop of transformers (10 minutes)
 	@PYTHONPATH=tests $(BIN)/python -m bench.gradient_bench
+
+batch-costs: setup  ## Print what a batch of 1 to 64 tokens costs by the type of the weights (3 minutes)
+	@PYTHONPATH=tests $(BIN)/python -m bench.batch_costs
+
+proxy-types: setup  ## Print fidelity, size and speed of the demo's proxy in four types (25 minutes)
+	@PYTHONPATH=tests $(BIN)/python -m bench.proxy_types
 
 clean:  ## Remove .venv, caches, builds and the demo's output
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache adlocal-demo

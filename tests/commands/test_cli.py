@@ -19,7 +19,8 @@ import pytest
 import torch
 
 import adlocal
-from adlocal.bundle import MINUS_NAME, PLUS_NAME, Bundle
+from adlocal.bundle import MINUS_NAME, NAMES, PLUS_NAME, Bundle
+from adlocal.llamacpp import batching
 from support import tiny
 from support.cli import Cli, Done, only_line, refused
 from support.json_lines import write_lines
@@ -156,6 +157,20 @@ def test_convert_makes_a_bundle_and_says_what_it_is(cli: Cli, tiny_llama: Path, 
 
 
 # inspect, score, generate, bench
+
+
+@pytest.mark.parametrize("format", NAMES)
+def test_convert_says_that_a_type_does_not_batch(
+    format: str, cli: Cli, tiny_llama: Path, tiny_traces: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "cpu_features", lambda: frozenset({"AVX", "AVX2", "F16C", "LLAMAFILE"}))
+    argv = ["convert", tiny_llama, "--traces", tiny_traces, "--out", out, "--quant", "Q5_1", "--format", format]
+    done = cli(*argv, "--eps", "0.03", "--force", "--json", "-t", "1")
+    assert done.status == 0
+    assert json.loads(done.out)["batching"] == {"type": "Q5_1", "batched": False, "remedy": "Q5_0"}
+    note = "most weights are Q5_1, for which llama.cpp has no batched CPU kernel here"
+    assert f"note: {note}" in done.err
+    assert note in cli("inspect", out).out
 
 
 def test_inspect_is_a_page_and_an_object(cli: Cli, tiny_bundle: Path) -> None:
