@@ -291,7 +291,8 @@ void apply_and_check(llama_sampler * smpl, const Tokens & tokens) {
 
     adl_row            row;
     std::vector<float> given;
-    adl_adjust(expected.data(), N_TEACHER, plus.data(), minus.data(), N_PROXY, N_PROXY, TEACHER_ENDS, 2, EPSILON, STRENGTH / DELTA_SCALE, GUARD, &row);
+    CHECK_EQ(adl_adjust(expected.data(), N_TEACHER, plus.data(), minus.data(), N_PROXY, N_PROXY, TEACHER_ENDS, 2, EPSILON,
+                        STRENGTH / DELTA_SCALE, GUARD, &row), ADL_OK);
     for (const llama_token_data & d : data) {
         given.push_back(d.logit);
     }

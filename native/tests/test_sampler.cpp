@@ -255,7 +255,7 @@ TEST(strength_0_leaves_every_bit) {
     Host            host;
     llama_sampler * smpl = adl_sampler_init(host.pair, 0, GUARD);
     const Tokens    tokens = {5, 6};
-    adl_sampler_set_prefix(smpl, tokens.data(), tokens.size());
+    CHECK_EQ(adl_sampler_set_prefix(smpl, tokens.data(), tokens.size()), ADL_OK);
     Candidates given(tokens);
     given.apply(smpl);
     CHECK(given.logits() == fake::logits(TEACHER, tokens));
@@ -377,10 +377,10 @@ TEST(the_host_may_use_the_pair_in_between) {
         [](adl_pair * pair) { adl_pair_memory_clear(pair); },
         [](adl_pair * pair) { adl_pair_memory_seq_rm(pair, 0, 1, -1); },
         [](adl_pair * pair) { adl_pair_memory_seq_keep(pair, 2); },
-        [](adl_pair * pair) { adl_pair_decode(pair, Batch({30}, 3).get()); }, // in the sampler's own sequence
-        [](adl_pair * pair) { Batch batch; adl_pair_decode(pair, batch.add(30, 0, {2}, true).get()); },
-        [](adl_pair * pair) { adl_pair_memory_clear(pair); adl_pair_decode(pair, Batch({40, 41, 42}).get()); },
-        [](adl_pair * pair) { adl_pair_decode(pair, Batch({N_PROXY}).get()); }, // an error that sticks
+        [](adl_pair * pair) { CHECK(adl_pair_decode(pair, Batch({30}, 3).get()) != 0); }, // in the sampler's own sequence: refused the second time
+        [](adl_pair * pair) { Batch batch; CHECK(adl_pair_decode(pair, batch.add(30, 0, {2}, true).get()) != 0); },
+        [](adl_pair * pair) { adl_pair_memory_clear(pair); CHECK_EQ(adl_pair_decode(pair, Batch({40, 41, 42}).get()), 1); },
+        [](adl_pair * pair) { CHECK_EQ(adl_pair_decode(pair, Batch({N_PROXY}).get()), ADL_ERROR_PROXY); }, // an error that sticks
         [](adl_pair * pair) { // both memories replaced
             for (const adl_sign sign : {ADL_PLUS, ADL_MINUS}) {
                 llama_memory_clear(llama_get_memory(adl_pair_get_context(pair, sign)), true);
@@ -503,7 +503,7 @@ TEST(samplers_of_their_own_share_a_pair) {
     Fixture         f;
     llama_sampler * other = adl_sampler_init(f.pair, 4.0, 0.5);
     const Tokens    tokens = {30, 31};
-    adl_sampler_set_prefix(other, tokens.data(), tokens.size());
+    CHECK_EQ(adl_sampler_set_prefix(other, tokens.data(), tokens.size()), ADL_OK);
     f.prefix({5, 6, 7});
     check_applied(f.smpl, {5, 6, 7});
     Candidates given(tokens), expected(tokens);
@@ -775,7 +775,7 @@ TEST(another_sampler_of_the_pair_is_not_disturbed) {
     Broken          f;
     llama_sampler * other = adl_sampler_init(f.pair, STRENGTH, GUARD);
     const Tokens    tokens = {30, 31};
-    adl_sampler_set_prefix(other, tokens.data(), tokens.size());
+    CHECK_EQ(adl_sampler_set_prefix(other, tokens.data(), tokens.size()), ADL_OK);
     Candidates given({5, 6});
     given.apply(f.smpl);
     check_failed(f.smpl, "");
