@@ -421,16 +421,19 @@ ADL_NODISCARD ADL_API int32_t adl_lockstep_restore(
 //     llama_sampler_chain_add(chain, smpl);                       first, before samplers that drop candidates
 //     ... llama_decode(teacher, ...); token = llama_sampler_sample(chain, teacher, -1); ...
 //
-// It evaluates the proxies on the prefix and the accepted tokens when it is applied, once a position: applied again
-// without an accept (grammar resampling) it uses what it has. Candidates are told by their id, so others may have been
-// dropped or sorted before; the guard and the kept mass are then those of what is left.
+// Where at least two of the candidates that are left pass the guard, it evaluates the proxies on the prefix and the accepted
+// tokens, and adjusts. Where at most one does, the candidates stay as they are, to the bit, and the tokens wait: they are
+// decoded together when a position has a choice. It evaluates once a position: applied again without an accept (grammar
+// resampling) it uses what it has. Candidates are told by their id, so others may have been dropped or sorted before; the
+// guard and the kept mass are then those of what is left. At strength 0 it evaluates for the dose, and changes nothing.
 //
-// Fails closed: when the pair cannot be evaluated, end-of-generation has all the probability, and every other token that
-// is left the same tiny one. Where something rules end-of-generation out (a grammar that is not at its end, a bias) or
-// prefers unlikely tokens (adaptive-p, XTC at threshold 0), what is sampled owes nothing to the teacher. Ask
-// adl_sampler_error before showing a token. Put truncations after this sampler and after the grammar: together with a
-// grammar, one before them may leave end-of-generation alone, and llama.cpp ends the process when a grammar has to accept
-// a token that it forbids.
+// Fails closed: when the pair cannot be evaluated where it is needed, end-of-generation has all the probability, and every
+// other token that is left the same tiny one. So it has, choice or none, without a prefix, where the teacher's logits are not
+// numbers, and where a candidate is none of the teacher's tokens. Where something rules end-of-generation out (a grammar that
+// is not at its end, a bias) or prefers unlikely tokens (adaptive-p, XTC at threshold 0), what is sampled owes nothing to the
+// teacher. Ask adl_sampler_error before showing a token. Put truncations after this sampler and after the grammar: together
+// with a grammar, one before them may leave end-of-generation alone, and llama.cpp ends the process when a grammar has to
+// accept a token that it forbids.
 //
 // Ownership is llama.cpp's: a chain frees what was added to it, otherwise llama_sampler_free does. The pair must outlive it.
 //
@@ -447,10 +450,11 @@ ADL_API const char * adl_sampler_error(const struct llama_sampler * smpl);
 
 // What protection did since the last reset or set_prefix.
 struct adl_dose {
-    int64_t n_tokens;    // tokens accepted after a position was evaluated
+    int64_t n_tokens;    // tokens accepted after the sampler was applied at their position
     int64_t n_steerable; // those where at least two tokens passed the guard
-    double  total;       // Σ (Δ(x) − E[Δ]) over them
-    double  kl;          // Σ KL(adjusted ‖ teacher), nats
+    int64_t n_dosed;     // those whose Δ was computed: where there was a choice, in any application at their position
+    double  total;       // Σ (Δ(x) − E[Δ]) over the n_dosed
+    double  kl;          // Σ KL(adjusted ‖ teacher) over the n_tokens, nats
 };
 ADL_API struct adl_dose adl_sampler_get_dose(const struct llama_sampler * smpl);
 

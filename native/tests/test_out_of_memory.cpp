@@ -346,7 +346,7 @@ TEST(applying) {
     check_steps({5, 6}, [](llama_sampler * smpl) {
         static llama_token_data data[N_TEACHER];
         for (llama_token id = 0; id < N_TEACHER; ++id) {
-            data[id] = {id, static_cast<float>(id), 0.0f};
+            data[id] = {id, static_cast<float>(id % 8), 0.0f}; // a choice
         }
         llama_token_data_array array = {data, N_TEACHER, -1, false};
         smpl->iface->apply(smpl, &array);
