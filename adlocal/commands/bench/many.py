@@ -125,7 +125,7 @@ def replay(decodes: Iterable[Decode], contexts: Sequence[Any]) -> float:
 def _generate(llm: ParallelLlama, asked: Iterable[Request]) -> float:
     """Seconds from the first prompt to the last token. Nothing is in memory before."""
     sampling = Endless.of(llm.model.vocab)
-    llm.scheduler.reset()
+    llm.scheduler.clear()
     started = time.perf_counter()
     for _ in llm.generate(asked, sampling):
         pass
