@@ -5,7 +5,8 @@ BIN := .venv/bin
 PARALLEL := $(BIN)/python -m pytest -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lab check test test-native-sanitize lint fidelity qualities ends-table bench-gradient clean
+.PHONY: help setup demo lab check test test-native-sanitize test-native-tsan lint fidelity qualities ends-table bench-gradient \
+	batch-costs proxy-types clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -28,11 +29,21 @@ test: lint  ## Run everything that CI runs: lint, types, tests
 	$(PARALLEL) -m "not real"
 	$(BIN)/python -m pytest -m real
 
-test-native-sanitize: setup  ## Run the native tests under AddressSanitizer, LeakSanitizer and UBSan
-	$(BIN)/cmake -S native -B build/sanitize -DADLOCAL_BUILD_TESTS=ON -DADLOCAL_SANITIZE=address,undefined \
+# Builds the native tests with $(SANITIZERS) in build/$@ and runs them.
+define run_native_tests
+	$(BIN)/cmake -S native -B build/$@ -DADLOCAL_BUILD_TESTS=ON -DADLOCAL_SANITIZE=$(SANITIZERS) \
 		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
-	$(BIN)/cmake --build build/sanitize --parallel
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+	$(BIN)/cmake --build build/$@ --parallel
+	$(BIN)/ctest --test-dir build/$@ --output-on-failure
+endef
+
+test-native-sanitize: SANITIZERS := address,undefined
+test-native-sanitize: setup  ## Run the native tests under AddressSanitizer, LeakSanitizer and UBSan
+	$(run_native_tests)
+
+test-native-tsan: SANITIZERS := thread
+test-native-tsan: setup  ## Run the native tests under ThreadSanitizer (a minute on 2 cores)
+	$(run_native_tests)
 
 lint: setup  ## Check style (ruff) and types (mypy)
 	$(BIN)/ruff check .
@@ -50,6 +61,12 @@ ends-table: setup  ## Print what the treatment of end-of-generation tokens does 
 
 bench-gradient: setup  ## Print time and memory of the gradient beside a bare loop of transformers (10 minutes)
 	@PYTHONPATH=tests $(BIN)/python -m bench.gradient_bench
+
+batch-costs: setup  ## Print what a batch of 1 to 64 tokens costs by the type of the weights (3 minutes)
+	@PYTHONPATH=tests $(BIN)/python -m bench.batch_costs
+
+proxy-types: setup  ## Print fidelity, size and speed of the demo's proxy in four types (25 minutes)
+	@PYTHONPATH=tests $(BIN)/python -m bench.proxy_types
 
 clean:  ## Remove .venv, caches, builds and the demo's output
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache adlocal-demo

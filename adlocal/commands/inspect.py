@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from tqdm import tqdm
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from ..bundle import ADAPTER, Bundle
 from ..bundle.calibration import Calibration
 from ..bundle.verify import verified_files, verify
+from ..llamacpp.batching import Batching
 
 
 def run(args: argparse.Namespace) -> None:
@@ -31,10 +33,11 @@ def sizes_of(bundle: Bundle) -> dict[str, int]:
 
 
 def as_json(bundle: Bundle, sizes: dict[str, int], calibration: Calibration | None = None) -> dict[str, Any]:
-    """Every stored key under its field's name, and what follows from them."""
+    """Every stored key under its field's name, and what follows from them, on this CPU too."""
     derived = {"bytes": sizes, "paper_lambda_at_strength_1": bundle.paper_lambda(1.0), "files_fit": True}
+    here = {"batching": asdict(Batching.of(bundle.headers()[0].tensors))}
     stored = calibration and calibration.as_dict()
-    return {**bundle.as_dict(), **derived, "calibration": stored}
+    return {**bundle.as_dict(), **derived, **here, "calibration": stored}
 
 
 def describe(bundle: Bundle, sizes: dict[str, int], calibration: Calibration | None = None) -> str:
@@ -45,6 +48,7 @@ def describe(bundle: Bundle, sizes: dict[str, int], calibration: Calibration | N
             f"{bundle.converter})",
             f"files         fit together: {_fit(bundle)}",
             *(f"{name:13} {size:,} bytes, {size / bundle.base_bytes:.3f} of the base" for name, size in sizes.items()),
+            f"batches       {_batching(Batching.of(bundle.headers()[0].tensors))}",
             f"gradient      ‖g‖ = {bundle.gradient_norm:.4f} at a loss of {bundle.gradient_loss:.4f} nats a token, "
             f"from {bundle.gradient_traces} traces ({bundle.gradient_tokens:,} tokens)",
             *_capability_lines(bundle),
@@ -70,6 +74,12 @@ def _fit(bundle: Bundle) -> str:
     if bundle.format == ADAPTER:
         return "same bundle, adapter as written (the weights of the base are not read)"
     return "same bundle, opposite signs, bulk identical, carriers as written"
+
+
+def _batching(found: Batching) -> str:
+    if found.batched:
+        return f"most weights are {found.type}, for which llama.cpp has a batched CPU kernel here"
+    return found.note or f"most weights are {found.type}; what llama.cpp has for it on this CPU is not known"
 
 
 def _capability_lines(bundle: Bundle) -> list[str]:

@@ -257,8 +257,21 @@ def _add_score(verbs: Any) -> None:
 
 def _add_bench(verbs: Any) -> None:
     description = "Measure what protection costs, as ratios in one run"
-    parser = _add(verbs, "bench", _verb("bench"), description, "adlocal bench -m teacher.gguf --bundle bundle/")
+    parser = _add(
+        verbs, "bench", _verb("bench"), description, "adlocal bench -m teacher.gguf --bundle bundle/ --guard 0.2 -n 64"
+    )
     add_protected(parser, bundle_required=True, n_predict=32)
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="what to go on from, by default the start of a story")
+    parser.add_argument(
+        "-np",
+        "--parallel",
+        type=count,
+        nargs="*",
+        default=[1, 2, 4, 8],
+        metavar="N",
+        help="numbers of sequences to decode together; none leaves that out",
+    )
+    parser.add_argument("--rounds", type=count, default=9, metavar="N", help="that count, after one to warm up")
 
 
 def _add_demo(verbs: Any) -> None:

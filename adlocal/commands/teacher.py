@@ -29,13 +29,15 @@ def open_teacher(args: argparse.Namespace) -> llama_cpp.Llama:
 
 
 def open_protected(
-    args: argparse.Namespace, settings: Settings | None = None, *, full: bool = False
+    args: argparse.Namespace, settings: Settings | None = None, *, full: bool = False, **kwargs: Any
 ) -> AntidistillationLlama:
-    """The teacher with `--bundle`, at these settings, or at those that `--strength` and `--guard` ask for."""
+    """The teacher with `--bundle`, at these settings, or at those that `--strength` and `--guard` ask for.
+
+    Further arguments are of `llama_cpp.Llama`, and go before those of the command.
+    """
     strength, guard = (args.strength, args.guard) if settings is None else (settings.strength, settings.guard)
-    return AntidistillationLlama(
-        args.model, bundle=args.bundle, strength=strength, guard=guard, full=full, **_arguments(args)
-    )
+    how = {**_arguments(args), **kwargs}
+    return AntidistillationLlama(args.model, bundle=args.bundle, strength=strength, guard=guard, full=full, **how)
 
 
 def open_plain(args: argparse.Namespace) -> llama_cpp.Llama:

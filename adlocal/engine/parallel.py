@@ -47,8 +47,9 @@ class ParallelLlama:
         answer: with best_of, what a completion's text answers, or None for nothing. The one kept is among those with
             the most frequent answer, as in self-consistency (arXiv 2203.11171), so that a dose does not choose wrong
             ones. A completion that was cut answers nothing; where none answers, the dose alone decides.
-        adjuster: with a bundle, what changes rows in place of the product's adjustment, given teacher and proxies.
-        beside: further bundles whose proxies it is given.
+        adjuster: what changes rows in place of the product's adjustment, given the teacher's and, with a bundle, the
+            proxies'.
+        beside: with a bundle, further ones whose proxies it is given. The product's adjustment is by the first alone.
 
     Attributes:
         pair: the bundle's proxies, or None.
@@ -111,6 +112,11 @@ class ParallelLlama:
     def pair(self) -> ProxyPair | None:
         """The bundle's proxies."""
         return self._pairs[0] if self._pairs else None
+
+    @property
+    def context(self) -> int:
+        """llama.cpp's context of the model, for reading."""
+        return int(self._runner.context.ctx)
 
     @property
     def settings(self) -> Settings:

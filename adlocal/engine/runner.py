@@ -16,6 +16,9 @@ from ..pair import ProxyPair, Rows
 from ..settings import Settings
 from .lockstep import DecodeError, Lockstep, row_params
 
+_Params = Sequence[native.RowParams]
+_OFF = row_params(Settings(0.0, 0.0))
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -50,15 +53,20 @@ class Evaluated:
 
     Attributes:
         teacher: logits, (n_rows, n_vocab): a view, what is written to it is sampled from.
-        proxies: (z₊, z₋) of each pair, each (n_rows, n_proxy); none where the settings protect nothing.
+        proxies: (z₊, z₋) of each pair, each (n_rows, n_proxy); none where no row's settings protect anything.
+        pairs: all of them, in the same order, for their ε and scale.
     """
 
     teacher: Rows
     proxies: Sequence[tuple[Rows, Rows]]
+    pairs: Sequence[ProxyPair]
 
 
 class Adjuster(Protocol):
-    """Changes rows in place of the product's adjustment: a baseline of an experiment, say."""
+    """Changes rows in place of the product's adjustment: a baseline of an experiment, say.
+
+    It is given all rows of a decode, in the order of the batch, whatever their settings.
+    """
 
     def __call__(self, rows: Evaluated) -> None: ...
 
@@ -77,6 +85,7 @@ class Runner:
         self, context: LlamaContext, n_batch: int, pairs: Sequence[ProxyPair] = (), adjuster: Adjuster | None = None
     ) -> None:
         self.context, self.n_batch, self.adjuster = context, n_batch, adjuster
+        self._pairs = pairs
         self._locksteps = [Lockstep(context.ctx, pair) for pair in pairs]
         self._n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(context.model.model))
         self._batch = LlamaBatch(n_tokens=n_batch, embd=0, n_seq_max=1, verbose=False)
@@ -103,7 +112,7 @@ class Runner:
         rows = self._fill(chunks)
         settings = [chunk.settings for chunk in chunks if chunk.settings is not None]
         try:
-            closed = self._evaluate([self._row_params(each) for each in settings])
+            closed = self._evaluate(*self._params(settings))
         except DecodeError as error:
             raise AdlocalError(f"{len(chunks)} sequences: {error}; try fewer, or a smaller context") from None
         if closed:
@@ -112,13 +121,18 @@ class Runner:
                 closed = set(range(len(rows)))
             return [replace(row, error=failure if row.output in closed else None) for row in rows]
         if self.adjuster is not None and rows:
-            self._adjust(self.adjuster, len(rows), any(each.protects for each in settings))
+            self._adjust(self.adjuster, len(rows), _any_protects(settings))
         return rows
 
-    def _row_params(self, settings: Settings) -> native.RowParams:
-        if self.adjuster is not None and settings.protects:  # which is given every row
-            return native.RowParams(settings.strength, settings.guard, native.MODE_OBSERVE, True)
-        return row_params(settings)
+    def _params(self, settings: Sequence[Settings]) -> tuple[_Params, _Params]:
+        """What becomes of each row in the first lockstep, and in the others."""
+        off = [_OFF] * len(settings)
+        if self.adjuster is None:  # the first pair alone adjusts
+            return [row_params(each) for each in settings], off
+        if not _any_protects(settings):
+            return off, off
+        observed = [native.RowParams(each.strength, each.guard, native.MODE_OBSERVE, True) for each in settings]
+        return observed, observed
 
     def _fill(self, chunks: Sequence[Chunk]) -> list[Row]:
         raw, rows = self._batch.batch, list[Row]()
@@ -134,7 +148,7 @@ class Runner:
         raw.n_tokens = i
         return rows
 
-    def _evaluate(self, params: Sequence[native.RowParams]) -> set[int]:
+    def _evaluate(self, params: _Params, beside: _Params) -> set[int]:
         """Decodes the batch in all models. Returns the rows that must not be sampled from."""
         raw = self._batch.batch
         if not self._locksteps:
@@ -143,7 +157,7 @@ class Runner:
             return set()
         first, others = self._locksteps[0], self._locksteps[1:]
         for other in others:
-            other.begin(raw, params)
+            other.begin(raw, beside)
         status = -3  # as where llama.cpp failed in the middle
         try:
             results = [first.decode(raw, params)]
@@ -155,7 +169,8 @@ class Runner:
     def _adjust(self, adjuster: Adjuster, n_rows: int, are_evaluated: bool) -> None:
         logits: Any = llama_cpp.llama_get_logits(self.context.ctx)
         teacher = np.ctypeslib.as_array(logits, (n_rows, self._n_vocab))
-        adjuster(Evaluated(teacher, [each.proxies(n_rows) for each in self._locksteps] if are_evaluated else []))
+        proxies = [each.proxies(n_rows) for each in self._locksteps] if are_evaluated else []
+        adjuster(Evaluated(teacher, proxies, self._pairs))
 
     def forget(self, seq_id: int, n: int) -> bool:
         """Keeps the first n tokens of a sequence; False, and nothing is kept, where memory cannot forget a part."""
@@ -198,3 +213,7 @@ class Runner:
             or llama_cpp.llama_model_is_hybrid(m)
             for m in models
         )
+
+
+def _any_protects(settings: Sequence[Settings]) -> bool:
+    return any(each.protects for each in settings)

@@ -188,15 +188,25 @@ class Scheduler:
             self._note(chunks)
             events = self._emit(rows)
         except BaseException:
-            self._abort()
+            self._empty()
             raise
         cancelled, self._cancelled = self._cancelled, []
         return [*cancelled, *events]
 
-    def _abort(self) -> None:
+    def clear(self) -> None:
+        """Forgets the prompts in memory: what comes next gets the sequences that it would get in a fresh context.
+
+        Raises:
+            InputError: a request is being answered.
+        """
+        if self.n_running:
+            raise InputError(f"n_running={self.n_running}: wait until no request is being answered, or cancel those")
+        self._empty()
+
+    def _empty(self) -> None:
         for slot in self._slots:
             self._release(slot)
-            slot.held, slot.canonical = [], 0
+            slot.held, slot.canonical, slot.used_at = [], 0, 0
         self._runner.clear()
 
     # Who gets a sequence

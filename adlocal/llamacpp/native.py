@@ -11,6 +11,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,6 +51,8 @@ _p, _i32, _u32, _f64, _bool, _str = (
     ctypes.c_char_p,
 )
 _floats = ctypes.POINTER(ctypes.c_float)
+
+_replaced: dict[str, int] = {}
 
 
 class BundleStruct(ctypes.Structure):
@@ -114,7 +117,10 @@ class LockstepStats(ctypes.Structure):
 class DoseStruct(ctypes.Structure):
     """struct adl_dose"""
 
-    _fields_ = (("n_tokens", ctypes.c_int64), ("n_steerable", ctypes.c_int64), ("total", _f64), ("kl", _f64))
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("n_tokens", "n_steerable", "n_dosed")),
+        *((name, _f64) for name in ("total", "kl")),
+    )
 
 
 _Struct = TypeVar("_Struct", bound=ctypes.Structure)
@@ -230,8 +236,23 @@ def llama_table(lib: Any) -> ctypes.Structure:
     for name in structs:
         setattr(table, f"sizeof_{name}", size_of(name))
     for name in functions:
-        setattr(table, name, address_of(name))
+        setattr(table, name, _replaced.get(name) or address_of(name))
     return table
+
+
+@contextmanager
+def replaced(function: str, by: int) -> Iterator[None]:
+    """Pairs that are loaded in this scope are given the function at address `by` in the place of llama.cpp's.
+
+    Args:
+        function: llama.cpp's name of it.
+        by: the address of one of the same type, which has to stay there for as long as such a pair lives.
+    """
+    _replaced[function] = by
+    try:
+        yield
+    finally:
+        del _replaced[function]
 
 
 def _names(function: Any) -> list[str]:

@@ -16,6 +16,7 @@ from adlocal.bundle import ADAPTER, FORMAT_VERSION, Bundle
 from adlocal.errors import ConversionError, InputError, ModelError
 from adlocal.files import sha256, write_failure
 from adlocal.llamacpp import native
+from adlocal.llamacpp.batching import Batching
 from adlocal.llamacpp.gguf import GGUFHeader
 from adlocal.llamacpp.model import context_length, open_vocabulary
 from adlocal.pair import context_params
@@ -27,7 +28,7 @@ from .bundle.description import Sweep, fidelity_fields, gradient_fields
 from .bundle.fidelity import Fidelity, Reference, check_agreement, delta_scale, first_epsilon, sweep
 from .bundle.gain import Gain, Rounding
 from .bundle.perturb import bundle_id
-from .bundle.presets import QUALITIES, carrier_types, wide_base
+from .bundle.presets import QUALITIES, carrier_types, is_mostly_wide, wide_base
 from .bundle.staging import publish, staging_directory
 from .direction.capabilities import Capability, cache_directory
 from .direction.given import Tensors, given_gradient
@@ -62,6 +63,8 @@ def convert(options: Options, say: Say, direction: Tensors | None = None) -> Bun
     try:
         with staging_directory(options.out) as staging:
             base = _base(options, staging, say)
+            if note := _note(base, options):
+                say(f"note: {note}")
             capabilities = _capabilities(base, options)
             for capability in capabilities:
                 say(capability.report)
@@ -245,6 +248,12 @@ def _check_vocabulary(teacher: Path, proxy: Path) -> None:
     lib = native.library()
     with closing(open_vocabulary(teacher)) as theirs, closing(open_vocabulary(proxy)) as ours:
         native.check(lib.adl_vocab_shared(ctypes.byref(native.llama_table(lib)), theirs.model, ours.model))
+
+
+def _note(base: Path, options: Options) -> str | None:
+    """What the proxy's type costs a pair that runs on this CPU."""
+    wide = is_mostly_wide(QUALITIES[options.quality], options.carriers, str(options.params), options.format)
+    return None if wide or options.n_gpu_layers else Batching.of(GGUFHeader(base).tensors).note
 
 
 def _capabilities(base: Path, options: Options) -> list[Capability]:

@@ -15,16 +15,15 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
-import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
 from adlocal import adjust
 from adlocal.bundle import Bundle
 from adlocal.engine.parallel import ParallelLlama
-from adlocal.engine.sequences import Completion, Request, Sampling, Slot
+from adlocal.engine.runner import Evaluated
+from adlocal.engine.sequences import Completion, Request, Sampling
 from adlocal.llamacpp.tokens import end_tokens
 from adlocal.settings import Settings
 from adlocal.traces import TraceEncoder
@@ -71,7 +70,7 @@ class Writer(ParallelLlama):
     """A teacher whose rows are changed in a way that is set between two calls of `generate`."""
 
     def __init__(self, teacher: Path, bundle: Path, n_ctx: int, guard: float) -> None:
-        super().__init__(teacher, bundle=bundle, n_ctx=n_ctx, n_parallel=8, guard=guard)
+        super().__init__(teacher, bundle=bundle, n_ctx=n_ctx, n_parallel=8, guard=guard, adjuster=self._adjust_rows)
         self._ends = end_tokens(self.model.vocab)
         self.set(plain, 0.0)
 
@@ -79,32 +78,19 @@ class Writer(ParallelLlama):
         """Takes a way and a strength; forgets what was measured."""
         self.way, self.strength = way, strength
         self.settings = Settings(1.0, self.settings.guard)  # above 0, so that the pair is evaluated
-        self.doses: list[float] = []
         self.kls: list[float] = []
         self.end_before = self.end_after = 0.0
 
-    def _adjust(self, n_rows: int) -> None:
-        assert self.pair is not None
-        pointer: Any = llama_cpp.llama_get_logits(self._context.ctx)
-        rows = np.ctypeslib.as_array(pointer, (n_rows, llama_cpp.llama_vocab_n_tokens(self.model.vocab)))
-        lam, guard = self.pair.bundle.lam(self.strength), self.settings.guard
-        for z, plus, minus in zip(rows, *self.pair.rows(), strict=True):
+    def _adjust_rows(self, rows: Evaluated) -> None:
+        (proxies,), (pair,) = rows.proxies, rows.pairs
+        lam, guard = pair.bundle.lam(self.strength), self.settings.guard
+        for z, delta in zip(rows.teacher, adjust.delta(*proxies, pair.epsilon), strict=True):
             before = log_softmax(z)
-            z[:] = self.way(z, adjust.delta(plus, minus, self.pair.epsilon), lam, guard, self._ends)
+            z[:] = self.way(z, delta, lam, guard, self._ends)
             after = log_softmax(z)
             self.kls.append(float(np.exp(after) @ (after - before)))
             self.end_before += float(np.exp(before[self._ends]).sum())
             self.end_after += float(np.exp(after[self._ends]).sum())
-
-    def _sample(self, slot: Slot, row: int, output: int) -> str | None:
-        assert self.pair is not None
-        token = slot.sampler.sample(self._context, row)
-        self.doses.append(self.pair.dose(output, token))
-        if token in self._ends:
-            return "stop"
-        slot.sampled.append(token)
-        slot.pending = [token]
-        return "length" if len(slot.sampled) == slot.limit else None
 
 
 def main() -> int:
@@ -137,16 +123,18 @@ def requests(writer: Writer, n: int, n_predict: int, raw: bool) -> Sequence[Requ
     """Problems that the bundle was not made from, a seed each."""
     encoder = TraceEncoder(writer.model, raw=raw)
     prompts = [encoder.encode_prompt("prompt", problem["prompt"]) for problem in word_problems(n, seed=5)]
-    return [Request(i, tokens, n_predict, seed=i) for i, tokens in enumerate(prompts)]
+    return [Request(i, tokens, n_predict, seed=i, dosed=True) for i, tokens in enumerate(prompts)]
 
 
 def line(writer: Writer, found: Sequence[Completion], prompts: str, way: str) -> str:
     """What a way did to its completions."""
     empty = np.mean([not writer.text(done.tokens).strip() for done in found])
     cut = np.mean([done.finish_reason == "length" for done in found])
+    n_sampled = [len(done.tokens) + (done.finish_reason == "stop") for done in found]
+    dose = np.average([done.dose or 0.0 for done in found], weights=n_sampled)
     return (
         f"{prompts:7}  {way:8}  {writer.strength:8g}  {np.mean([len(done.tokens) for done in found]):6.1f}  "
-        f"{empty:5.0%}  {cut:5.0%}  {np.mean(writer.kls):8.3f}  {np.mean(writer.doses):+10.3f}  "
+        f"{empty:5.0%}  {cut:5.0%}  {np.mean(writer.kls):8.3f}  {dose:+10.3f}  "
         f"{writer.end_after / writer.end_before:13.3f}"
     )
 

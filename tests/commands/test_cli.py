@@ -19,7 +19,8 @@ import pytest
 import torch
 
 import adlocal
-from adlocal.bundle import MINUS_NAME, PLUS_NAME, Bundle
+from adlocal.bundle import MINUS_NAME, NAMES, PLUS_NAME, Bundle
+from adlocal.llamacpp import batching
 from support import tiny
 from support.cli import Cli, Done, only_line, refused
 from support.json_lines import write_lines
@@ -156,6 +157,20 @@ def test_convert_makes_a_bundle_and_says_what_it_is(cli: Cli, tiny_llama: Path, 
 
 
 # inspect, score, generate, bench
+
+
+@pytest.mark.parametrize("format", NAMES)
+def test_convert_says_that_a_type_does_not_batch(
+    format: str, cli: Cli, tiny_llama: Path, tiny_traces: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "cpu_features", lambda: frozenset({"AVX", "AVX2", "F16C", "LLAMAFILE"}))
+    argv = ["convert", tiny_llama, "--traces", tiny_traces, "--out", out, "--quant", "Q5_1", "--format", format]
+    done = cli(*argv, "--eps", "0.03", "--force", "--json", "-t", "1")
+    assert done.status == 0
+    assert json.loads(done.out)["batching"] == {"type": "Q5_1", "batched": False, "remedy": "Q5_0"}
+    note = "most weights are Q5_1, for which llama.cpp has no batched CPU kernel here"
+    assert f"note: {note}" in done.err
+    assert note in cli("inspect", out).out
 
 
 def test_inspect_is_a_page_and_an_object(cli: Cli, tiny_bundle: Path) -> None:
@@ -323,40 +338,6 @@ def test_a_missing_teacher_is_refused(cli: Cli, tiny_bundle: Path, tmp_path: Pat
     for how in (["--bundle", tiny_bundle], ["--unprotected"]):
         refused(cli("generate", "-m", teacher, "-p", "1", *how), "generate", "nowhere.gguf: no such file")
     refused(cli("bench", "-m", teacher, "--bundle", tiny_bundle), "bench", "nowhere.gguf: no such file")
-
-
-def test_bench_gives_ratios_of_one_run(cli: Cli, tiny_llama: Path, tiny_bundle: Path) -> None:
-    argv = ["bench", "-m", tiny_llama, "--bundle", tiny_bundle, "-c", 256, "-n", 3, "-t", 1]
-    found = json.loads(cli(*argv, "--json").out)
-    assert all(value > 0 for value in found.values())
-    for ratio, (over, under) in {
-        "protected_of_ideal": ("ideal", "protected"),
-        "protected_of_in_turns": ("in_turns", "protected"),
-        "protected_of_plain": ("plain", "protected"),
-        "strength_0_of_plain": ("plain", "strength_0"),
-    }.items():
-        assert found[ratio] == pytest.approx(found[over] / found[under])
-    table = cli(*argv)
-    assert table.status == 0
-    assert "AntidistillationLlama, strength 0" in table.out
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["-c", "32"], ["--ctx-size 32: bench needs", "-n"]),
-        (["-n", "500"], ["--ctx-size 256: bench needs"]),
-        (["--strength", "0"], ["--strength 0 is the plain teacher"]),
-        (["--strength", "-2"], ["strength=-2.0"]),
-        (["--guard", "3"], ["guard=3.0"]),
-    ],
-)
-def test_wrong_options_of_bench_are_refused(
-    argv: list[str], words: list[str], cli: Cli, tiny_llama: Path, tiny_bundle: Path
-) -> None:
-    done = cli("bench", "-m", tiny_llama, "--bundle", tiny_bundle, "-c", 256, "-t", 1, *argv)
-    refused(done, "bench", *words)
-    only_line(done)
 
 
 # The command as a whole

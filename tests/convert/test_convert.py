@@ -26,8 +26,11 @@ from adlocal.bundle import (
     Bundle,
 )
 from adlocal.bundle.calibration import CALIBRATION_NAME
+from adlocal.bundle.choices import EXACT, NORMS
 from adlocal.bundle.verify import verify
 from adlocal.errors import AdlocalError, ConversionError, InputError, TraceError, VocabularyError
+from adlocal.llamacpp import batching
+from adlocal.llamacpp.batching import Batching
 from adlocal.llamacpp.model import open_vocabulary
 from adlocal.pair import ProxyPair
 from adlocal.settings import DEFAULT_GUARD
@@ -211,6 +214,38 @@ def test_requantized_proxy_is_the_base(options: Options, tmp_path: Path) -> None
     assert set(types.values()) == {"F32", "F16", "Q8_0"}
     assert any("Q8_0" in line for line in lines)
     assert left_behind(options) == ["bundle"]
+
+
+@pytest.mark.parametrize(
+    ("format", "quant", "changes", "noted"),
+    [
+        (HALVES, "Q4_1", {}, True),
+        (ADAPTER, "Q4_1", {}, True),
+        (HALVES, "Q4_0", {}, False),
+        (ADAPTER, "Q4_0", {}, False),
+        (HALVES, "Q4_1", {"quality": EXACT}, False),
+        (ADAPTER, "Q4_1", {"quality": EXACT}, False),
+        (HALVES, "Q4_1", {"quality": EXACT, "params": NORMS}, True),
+        (HALVES, "Q4_1", {"carriers": 0.3}, True),
+        (HALVES, "Q4_1", {"carriers": 1.0}, False),
+        (HALVES, "Q4_1", {"n_gpu_layers": 1}, False),
+    ],
+)
+def test_a_type_without_a_batched_kernel_is_noted_before_the_gradient(
+    format: str, quant: str, changes: dict[str, Any], noted: bool, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is said then is true of the file that is written in the end."""
+    monkeypatch.setattr(batching, "cpu_features", lambda: frozenset({"AVX", "AVX2", "F16C", "LLAMAFILE"}))
+    made = dataclasses.replace(options, format=format, quant=quant, carriers=None, force=True)
+    bundle, lines = run(dataclasses.replace(made, **changes))
+    notes = [(i, line) for i, line in enumerate(lines) if line.startswith("note: ")]
+    assert len(notes) == noted
+    for i, line in notes:
+        assert i < next(j for j, other in enumerate(lines) if "‖g‖" in other)
+        assert "Q4_1" in line
+        assert line.endswith("--quant Q4_0 has one")
+    if "n_gpu_layers" not in changes:
+        assert (Batching.of(bundle.headers()[0].tensors).note is not None) == noted
 
 
 def test_an_unknown_type_is_refused_with_those_there_are(options: Options) -> None:

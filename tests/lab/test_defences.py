@@ -17,6 +17,7 @@ import pytest
 
 from adlocal import ProxyPair, adjust
 from adlocal.engine.parallel import ParallelLlama
+from adlocal.engine.runner import Chunk, Evaluated, Row, Runner
 from adlocal.engine.sequences import Completion, Request, Sampling
 from examples.lab.models.pretrained import N_CTX
 from examples.lab.stages import ordered, run
@@ -29,7 +30,7 @@ from examples.lab.traces.defences import CLOSED, Defended, Kind, Setting
 from support.lab_models import RandomModel, Written
 
 Rows = npt.NDArray[np.float64]
-Recorded = list[tuple[Rows, Rows]]
+Changes = list[tuple[Rows, Rows]]
 GUARD = 0.05
 N_DRAWS = 2000
 
@@ -381,64 +382,110 @@ def other(root: Path) -> Path:
     return made(root, BundleStage(RandomModel("other"), Written("traces", 12))) / "bundle"
 
 
-class Recording(Defended):
-    """Keeps llama.cpp's own rows, before and after they were changed, of each token in order of its sequence."""
-
-    changes: Recorded
-
-    def _adjust(self, n_rows: int) -> None:
-        buffer = llama_cpp.llama_get_logits(self._context.ctx)
-        view = np.ctypeslib.as_array(buffer, (n_rows, N_VOCAB))
-        before = view.astype(np.float64)
-        super()._adjust(n_rows)
-        self.changes.append((before, view.astype(np.float64)))
-
-
 @pytest.fixture(scope="module", params=[3, 64], ids=["3 at a time", "all"])
-def llm(request: pytest.FixtureRequest, model: Path, bundle: Path) -> Iterator[Recording]:
+def llm(request: pytest.FixtureRequest, model: Path, bundle: Path) -> Iterator[Defended]:
     """A teacher under the bundle, and under the bundle once more for the kind "mixed"."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(defences, "PARALLEL", request.param)
-        with closing(Recording(model, bundle, [bundle])) as found:
+        with closing(Defended(model, bundle, [bundle])) as found:
             yield found
 
 
-def generate(llm: Recording, setting: Setting) -> tuple[dict[int, Completion], Recorded]:
-    """What is said for each request, and every change of rows."""
-    sampling = llm.set(setting)
-    llm.changes = []
-    return {done.index: done for done in llm.generate(REQUESTS, sampling)}, llm.changes
+@dataclasses.dataclass
+class Recorded:
+    """What is said for each request, and the rows of each decode in the order of its sequences.
+
+    Attributes:
+        said: by index of the request.
+        given: to the adjuster, before it changes them; none where the product adjusts.
+        sampled: what is sampled from.
+    """
+
+    said: dict[int, Completion] = dataclasses.field(default_factory=dict)
+    given: list[Evaluated] = dataclasses.field(default_factory=list)
+    sampled: list[Rows] = dataclasses.field(default_factory=list)
+
+    @property
+    def changes(self) -> Changes:
+        """Rows before and after they were changed."""
+        return [
+            (before.teacher.astype(np.float64), after) for before, after in zip(self.given, self.sampled, strict=True)
+        ]
 
 
-def product(llm: Defended, model: Path, bundle: Path | None, setting: Setting) -> dict[int, Completion]:
-    """What the product's own runtime says."""
+def recorded(llm: ParallelLlama, sampling: Sampling) -> Recorded:
+    """What a model generates as it is set."""
+    found, decode, adjuster = Recorded(), Runner.decode, llm.adjuster
+
+    def recording(self: Runner, chunks: Sequence[Chunk]) -> list[Row]:
+        if rows := decode(self, chunks):
+            buffer = llama_cpp.llama_get_logits(self.context.ctx)
+            found.sampled.append(np.ctypeslib.as_array(buffer, (len(rows), N_VOCAB)).astype(np.float64))
+        return rows
+
+    def adjusting(rows: Evaluated) -> None:
+        found.given.append(dataclasses.replace(rows, teacher=rows.teacher.copy()))
+        if adjuster is not None:
+            adjuster(rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "decode", recording)
+        if adjuster is not None:
+            patch.setattr(llm, "adjuster", adjusting)
+        found.said = {done.index: done for done in llm.generate(REQUESTS, sampling)}
+    return found
+
+
+def generate(llm: Defended, setting: Setting) -> Recorded:
+    """What is generated under a setting."""
+    return recorded(llm, llm.set(setting))
+
+
+def product(llm: Defended, model: Path, bundle: Path | None, setting: Setting) -> Recorded:
+    """What the product's own runtime generates."""
     own: dict[str, Any] = {"bundle": bundle, "strength": setting.strength, "guard": setting.guard} if bundle else {}
     settings = {"n_ctx": N_CTX, "n_parallel": llm.n_parallel, "n_threads": 1, "flash_attn": True, **own}
     sampling = Sampling(setting.temperature, top_k=0, top_p=1.0, min_p=0.0)
     with closing(ParallelLlama(model, **settings)) as plain:
-        return {done.index: done for done in plain.generate(REQUESTS, sampling)}
+        return recorded(plain, sampling)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
 @pytest.mark.parametrize("guard", [0.0, GUARD])
 def test_a_bundle_is_followed_by_the_product(
-    guard: float, temperature: float, llm: Recording, model: Path, bundle: Path
+    guard: float, temperature: float, llm: Defended, model: Path, bundle: Path
 ) -> None:
     setting = Setting("bundle", 4.0, guard, temperature)
-    said, changes = generate(llm, setting)
-    assert said == product(llm, model, bundle, setting)
-    assert said != product(llm, model, None, setting)
-    assert any((before != after).any() for before, after in changes)
+    found, own = generate(llm, setting), product(llm, model, bundle, setting)
+    assert not found.given
+    assert found.said == own.said != product(llm, model, None, setting).said
+    for row, expected in zip(found.sampled, own.sampled, strict=True):
+        np.testing.assert_array_equal(row, expected)
 
 
 @pytest.mark.parametrize("guard", [0.0, GUARD])
-def test_a_bundle_mixed_with_itself_is_the_bundle(guard: float, llm: Recording) -> None:
+def test_rows_under_a_bundle_are_the_equation(guard: float, llm: Defended) -> None:
+    """At the first tokens, of the rows that another kind is given there. The bundle beside it adds nothing.
+
+    The core rounds λΔ to float32 in another order: 1e-4 of shifts of tens of nats.
+    """
+    first = generate(llm, Setting("bundle", 4.0, guard)).sampled[0]
+    rows = generate(llm, Setting("permuted", 4.0, guard)).given[0]
+    pair = rows.pairs[0]
+    delta, lam, ends = adjust.delta(*rows.proxies[0], pair.epsilon), pair.bundle.lam(4.0), np.array([EOS])
+    for teacher, d, row in zip(rows.teacher, delta, first, strict=True):
+        expected = adjust.adjust(teacher, d, lam=lam, guard=guard, ends=ends).logits
+        np.testing.assert_allclose(row, expected, atol=1e-4, rtol=1e-5)
+        assert np.abs(row - teacher).max() > 1
+
+
+@pytest.mark.parametrize("guard", [0.0, GUARD])
+def test_a_bundle_mixed_with_itself_is_the_bundle(guard: float, llm: Defended) -> None:
     """In float32: rows agree to 1e-4 of shifts of tens of nats, and greedy text is the same."""
-    said, rows = generate(llm, Setting("mixed", 4.0, guard, temperature=0.0))
-    expected, rows_expected = generate(llm, Setting("bundle", 4.0, guard, temperature=0.0))
-    assert said == expected
-    for (before, after), (before_expected, after_expected) in zip(rows, rows_expected, strict=True):
-        np.testing.assert_array_equal(before, before_expected)
+    mixed = generate(llm, Setting("mixed", 4.0, guard, temperature=0.0))
+    expected = generate(llm, Setting("bundle", 4.0, guard, temperature=0.0))
+    assert mixed.said == expected.said
+    for after, after_expected in zip(mixed.sampled, expected.sampled, strict=True):
         np.testing.assert_allclose(after, after_expected, atol=1e-4, rtol=1e-5)
 
 
@@ -451,19 +498,19 @@ def test_several_bundles_have_an_equal_part(
     up to 20 nats, 0.05 are what batching does to Δ.
     """
     monkeypatch.setattr(defences, "PARALLEL", 1)
-    with closing(Recording(model, bundle, [other])) as both:
-        said, changes = generate(both, Setting("mixed", 4.0, 0.0, temperature=0.0))
+    with closing(Defended(model, bundle, [other])) as both:
+        mixed = generate(both, Setting("mixed", 4.0, 0.0, temperature=0.0))
     parts = []
     for directory in (bundle, other):
         with ProxyPair.open(directory, n_threads=1, n_ctx=N_CTX) as pair:
             rows = []
             for request in REQUESTS:
-                text = [*request.tokens, *said[request.index].tokens]
-                n_sampled = len(said[request.index].tokens) + (said[request.index].finish_reason == "stop")
+                said = mixed.said[request.index]
+                text, n_sampled = [*request.tokens, *said.tokens], len(said.tokens) + (said.finish_reason == "stop")
                 last = len(request.tokens) - 1
                 rows.append(pair.delta(text)[last : last + n_sampled] / pair.bundle.delta_scale)
             parts.append(np.concatenate(rows).astype(np.float64))
-    found = np.concatenate([after - before for before, after in changes])
+    found = np.concatenate([after - before for before, after in mixed.changes])
     some = np.delete(np.arange(N_VOCAB), EOS)
     assert not found[:, EOS].any()
 
@@ -477,34 +524,41 @@ def test_several_bundles_have_an_equal_part(
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))
-def test_strength_0_is_the_plain_teacher(kind: Kind, llm: Recording, model: Path) -> None:
+def test_strength_0_is_the_plain_teacher(kind: Kind, llm: Defended, model: Path) -> None:
     setting = Setting(kind, 0.0, 0.0, temperature=0.5)
-    said, changes = generate(llm, setting)
-    assert said == product(llm, model, None, setting)
-    for before, after in changes:
-        np.testing.assert_array_equal(before, after)
+    found, plain = generate(llm, setting), product(llm, model, None, setting)
+    assert found.said == plain.said
+    for row, expected in zip(found.sampled, plain.sampled, strict=True):
+        np.testing.assert_array_equal(row, expected)
 
 
 @pytest.mark.parametrize("guard", [GUARD, 0.5])
-def test_the_guard_alone_closes_what_is_under_it(guard: float, llm: Recording) -> None:
-    said, changes = generate(llm, Setting("guarded", guard=guard, temperature=0.5))
+def test_the_guard_alone_closes_what_is_under_it(guard: float, llm: Defended) -> None:
+    found = generate(llm, Setting("guarded", guard=guard, temperature=0.5))
     n_closed = 0
-    for before, after in changes:
+    for before, after in found.changes:
         for row, changed in zip(before, after, strict=True):
             p = np.exp(row) / np.exp(row).sum()
             closed = p < guard * p.max()
             assert (changed[closed] == np.float32(CLOSED)).all()
             assert (changed[~closed] == row[~closed]).all()
             n_closed += closed.sum()
-    n_all = sum(before.size for before, _ in changes)
+    n_all = sum(rows.size for rows in found.sampled)
     assert 0.1 < n_closed / n_all < 1
-    assert said != generate(llm, Setting("plain", temperature=0.5))[0]
+    assert found.said != generate(llm, Setting("plain", temperature=0.5)).said
 
 
-def test_permuted_rows_have_the_bundles_values(llm: Recording) -> None:
+def test_the_guard_alone_needs_no_bundle(llm: Defended, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(defences, "PARALLEL", llm.n_parallel)
+    setting = Setting("guarded", guard=0.5, temperature=0.5)
+    with closing(Defended(model, None)) as bare:
+        assert generate(bare, setting).said == generate(llm, setting).said
+
+
+def test_permuted_rows_have_the_bundles_values(llm: Defended) -> None:
     """Up to sign, at the first token of every prompt, where the teacher's rows are the same."""
-    (before, after), *_ = generate(llm, Setting("permuted", 4.0, GUARD, temperature=0.0))[1]
-    (_, followed), *_ = generate(llm, Setting("bundle", 4.0, GUARD, temperature=0.0))[1]
+    (before, after), *_ = generate(llm, Setting("permuted", 4.0, GUARD, temperature=0.0)).changes
+    followed, *_ = generate(llm, Setting("bundle", 4.0, GUARD, temperature=0.0)).sampled
     for row, permuted, real in zip(before, after - before, followed - before, strict=True):
         outside = row < row.max() + math.log(GUARD)
         outside[EOS] = True
@@ -517,10 +571,10 @@ def test_permuted_rows_have_the_bundles_values(llm: Recording) -> None:
         assert (np.abs(permuted - real) > 0.1).any()
 
 
-def test_experts_are_the_mean_of_teacher_and_proxy(llm: Recording, root: Path) -> None:
+def test_experts_are_the_mean_of_teacher_and_proxy(llm: Defended, root: Path) -> None:
     """The proxy's logits by a plain model of its own; the mean of both halves is off by a term of ε², 0.05 allowed."""
     path = made(root, RandomModel("proxy")) / "model.gguf"
-    (before, after), *_ = generate(llm, Setting("experts", 0.25, temperature=0.0))[1]
+    (before, after), *_ = generate(llm, Setting("experts", 0.25, temperature=0.0)).changes
     with closing(llama_cpp.Llama(str(path), n_ctx=N_CTX, n_threads=1, logits_all=True, verbose=False)) as proxy:
         for request, row, changed in zip(REQUESTS, before, after, strict=False):
             proxy.reset()
@@ -530,8 +584,8 @@ def test_experts_are_the_mean_of_teacher_and_proxy(llm: Recording, root: Path) -
             assert np.abs(changed - row).max() > 0.5
 
 
-def test_random_kinds_repeat_themselves(llm: Recording) -> None:
+def test_random_kinds_repeat_themselves(llm: Defended) -> None:
     """Draws begin anew with each setting: a trace that is made again is the same."""
     for kind in ("permuted", "sparse"):
         setting = Setting(kind, 4.0, GUARD, temperature=0.5)
-        assert generate(llm, setting)[0] == generate(llm, setting)[0]
+        assert generate(llm, setting).said == generate(llm, setting).said

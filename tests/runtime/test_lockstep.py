@@ -94,6 +94,16 @@ def test_a_row_without_a_choice_is_the_teachers_and_costs_no_proxy(tiny_llama: P
         assert llm._lockstep.n_held == 0
 
 
+def test_every_row_may_be_asked_for_and_no_more(tiny_llama: Path, tiny_bundle: Path) -> None:
+    """`full` holds from the next decode on."""
+    with closing(AntidistillationLlama(str(tiny_llama), bundle=tiny_bundle, guard=1.0, **KWARGS)) as llm:
+        for full, n_evaluated in ((False, 0), (True, 8), (False, 8)):
+            llm._lockstep.full = full
+            llm.reset()
+            greedy(llm)
+            assert llm._lockstep.stats()["n_evaluated"] == n_evaluated
+
+
 # Failing closed
 
 

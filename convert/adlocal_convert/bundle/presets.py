@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import gguf
 import numpy as np
 
-from adlocal.bundle.choices import BALANCED, EXACT, SMALL
+from adlocal.bundle import HALVES
+from adlocal.bundle.choices import BALANCED, EXACT, NORMS, SMALL
 
 from ..model.weights import Tensor
 from .gain import Gain
@@ -80,6 +81,20 @@ def carrier_types(
 def wide_base(tensors: Sequence[Tensor], preset: Preset) -> Types:
     """Tensors that an adapter's base holds wider than the proxy's file: all matrices, for the exact preset."""
     return {t.name: wide_type(t) for t in tensors if preset.is_wide and extra_bytes(t) > 0}
+
+
+def is_mostly_wide(preset: Preset, fraction: float | None, params: str, format: str) -> bool:
+    """Whether most matrices of a bundle are stored in the wide types, rather than in the base's.
+
+    Args:
+        preset: of the bundle.
+        fraction: a share of the selection's matrices that carries, in place of the preset's choice.
+        params: the selection.
+        format: of the bundle.
+    """
+    if format == HALVES and params == NORMS:
+        return False
+    return preset.is_wide if fraction is None else fraction > 0.5
 
 
 def _greedy(tensors: Sequence[Tensor], gain: Gain, cost: Callable[[Tensor], int], budget: int) -> Types:

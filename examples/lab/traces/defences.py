@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from adlocal import Bundle, ProxyPair
+from adlocal import ProxyPair, adjust
 from adlocal.engine.parallel import ParallelLlama
+from adlocal.engine.runner import Evaluated
 from adlocal.engine.sequences import Sampling
 from adlocal.llamacpp.tokens import end_tokens
 from adlocal.settings import Settings
@@ -84,64 +84,41 @@ class Defended(ParallelLlama):
         answer: Callable[[str], Hashable] | None = None,
     ) -> None:
         how: dict[str, Any] = {"n_ctx": N_CTX, "n_parallel": PARALLEL, "n_threads": 1, "flash_attn": True}
-        super().__init__(teacher, **how, bundle=bundle, best_of=best_of, answer=answer)
-        self._others = [self._open_pair(Bundle.open(other), self._params, 0) for other in others]
-        self._contexts += [context for pair in self._others for context in pair.contexts]
+        super().__init__(teacher, **how, bundle=bundle, beside=others, best_of=best_of, answer=answer)
         self._ends = end_tokens(self.model.vocab)
         self.set(Setting())
 
-    def close(self) -> None:
-        for pair in self._others:
-            pair.close()
-        super().close()
-
     def set(self, setting: Setting) -> Sampling:
-        """Takes a setting; returns how to sample with it."""
+        """Takes a setting; returns how to sample with it. The same requests are then answered alike, draws and all."""
         self.setting = setting
+        self.scheduler.clear()  # draws follow the order of the sequences
         self._rng = np.random.default_rng(0)
-        for pair in self._others:
-            pair.clear()
+        self.adjuster = None if setting.kind in ("plain", "bundle") else self._adjust_rows
         # A strength above 0 has the proxies evaluated.
         self.settings = Settings(setting.strength if self.pair else 0.0, setting.guard)
         return Sampling(setting.temperature, top_k=0, top_p=1.0, min_p=0.0)
 
-    def _evaluate(self, n_sequences: int, n_rows: int) -> None:
-        for pair in self._others:
-            pair.decode_sequences(self._batch)
-        super()._evaluate(n_sequences, n_rows)
+    def _adjust_rows(self, rows: Evaluated) -> None:
+        rows.teacher[:] = self._adjusted(rows)
 
-    def _forget(self, seq_id: int) -> None:
-        super()._forget(seq_id)
-        for pair in self._others:
-            pair.remove_sequence(seq_id)
-
-    def _adjust(self, n_rows: int) -> None:
-        if self.setting.kind in ("plain", "bundle"):
-            super()._adjust(n_rows)
-            return
-        logits = llama_cpp.llama_get_logits(self._context.ctx)
-        teacher = np.ctypeslib.as_array(logits, (n_rows, llama_cpp.llama_vocab_n_tokens(self.model.vocab)))
-        teacher[:] = self._changed(teacher)
-
-    def _changed(self, teacher: Rows) -> Rows:
-        setting = self.setting
+    def _adjusted(self, rows: Evaluated) -> Rows:
+        setting, teacher = self.setting, rows.teacher
         inside = plausible(teacher, setting.guard)
         if setting.kind == "guarded":
             return np.where(inside, teacher, CLOSED)
-        if self.pair is None or not setting.strength:
+        if not rows.proxies:
             return teacher
         if setting.kind == "experts":
-            plus, minus = self.pair.rows()
+            plus, minus = rows.proxies[0]
             return (1 - setting.strength) * teacher + setting.strength * (plus + minus) / 2
         inside[:, self._ends] = False
-        delta = np.mean([_delta(pair) for pair in (self.pair, *self._others)], axis=0)
+        delta = np.mean([_delta(*each) for each in zip(rows.proxies, rows.pairs, strict=True)], axis=0)
         return teacher + shift(setting, teacher, centred(delta, inside), inside, self._rng)
 
 
-def _delta(pair: ProxyPair) -> Rows:
-    """Δ of the rows decoded last, in units of its scale: one nat of strength shifts a typical candidate by one."""
-    plus, minus = pair.rows()
-    return (plus - minus) / (2 * pair.epsilon * pair.bundle.delta_scale)
+def _delta(proxies: tuple[Rows, Rows], pair: ProxyPair) -> Rows:
+    """Δ in units of its scale: one nat of strength shifts a typical candidate by one."""
+    return adjust.delta(*proxies, pair.epsilon) / pair.bundle.delta_scale
 
 
 def plausible(teacher: Rows, guard: float) -> Mask:
