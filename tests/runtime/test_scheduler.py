@@ -429,7 +429,7 @@ def test_the_next_turn_decodes_what_is_new(
 def test_an_answer_that_was_gone_on_from_is_still_one(opened: Open, oracle: Oracle, decoded: list[list[Chunk]]) -> None:
     """A fresh context would read it in blocks: who begins with some of it uses the blocks of the prompt, or all."""
     run = Run(opened(n_parallel=1).scheduler)
-    held = conversation(run, oracle, 0, prompt(40))
+    held = conversation(run, oracle, 0, prompt(41))
     run.answer(Request(1, [*held, *b" and then?"], 1, settings=STEERED))
     for n, n_past in ((66, 66), (60, 32)):
         decoded.clear()
@@ -792,7 +792,7 @@ def test_tokens_have_doses_where_they_were_steered(opened: Open, tiny_bundle: Pa
 
 
 def test_an_adjuster_is_given_teacher_and_proxies_of_every_row(opened: Open, oracle: Oracle, tiny_bundle: Path) -> None:
-    """Of those too whose teacher has no choice. What it writes is sampled from."""
+    """Of those too whose teacher has no choice, or that are not protected. What it writes is sampled from."""
     seen: list[tuple[np.ndarray[Any, Any], ...]] = []
 
     def adjuster(rows: Evaluated) -> None:
@@ -802,7 +802,7 @@ def test_an_adjuster_is_given_teacher_and_proxies_of_every_row(opened: Open, ora
 
     llm = opened(adjuster=adjuster)
     run = Run(llm.scheduler)
-    asked = [Request(i, prompt(20 + i), 5, settings=s) for i, s in enumerate((STEERED, SURE, CHOOSY))]
+    asked = [Request(i, prompt(20 + i), 5, settings=s) for i, s in enumerate((STEERED, SURE, OFF))]
     ids = [run.submit(each) for each in asked]
     run.finish()
     assert [run.ended[id].tokens for id in ids] == [[65] * 5] * 3
