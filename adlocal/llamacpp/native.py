@@ -114,7 +114,10 @@ class LockstepStats(ctypes.Structure):
 class DoseStruct(ctypes.Structure):
     """struct adl_dose"""
 
-    _fields_ = (("n_tokens", ctypes.c_int64), ("n_steerable", ctypes.c_int64), ("total", _f64), ("kl", _f64))
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("n_tokens", "n_steerable", "n_dosed")),
+        *((name, _f64) for name in ("total", "kl")),
+    )
 
 
 _Struct = TypeVar("_Struct", bound=ctypes.Structure)

@@ -45,7 +45,7 @@
 #    define ADL_API __attribute__((visibility("default")))
 #endif
 
-// An error that is ignored is the one way to leak.
+// Of everything that returns a status, or NULL on failure: an error that is ignored is the one way to leak.
 #if defined(__cplusplus) && __cplusplus >= 201703L
 #    define ADL_NODISCARD [[nodiscard]]
 #elif defined(__GNUC__)
@@ -113,7 +113,7 @@ ADL_API const char * adl_llama_function_name(size_t i);
 // The handshake: does this library fit the host's llama.cpp? Compares version and sizes, and names a function that is
 // missing. Everything that takes a table does it by itself.
 // Returns ADL_OK or ADL_ERROR_LLAMA.
-ADL_API int32_t adl_llama_check(const struct adl_llama * llama);
+ADL_NODISCARD ADL_API int32_t adl_llama_check(const struct adl_llama * llama);
 
 //
 // Bundle
@@ -135,11 +135,11 @@ struct adl_bundle {
 // proxy-base.gguf and proxy-adapter.gguf. No weights are read.
 // Returns ADL_OK, ADL_ERROR_BUNDLE or ADL_ERROR_LLAMA. `out` is written on success only, and its size is to be set before:
 //     struct adl_bundle bundle = {.size = sizeof bundle};
-ADL_API int32_t adl_bundle_read(const struct adl_llama * llama, const char * dir, struct adl_bundle * out);
+ADL_NODISCARD ADL_API int32_t adl_bundle_read(const struct adl_llama * llama, const char * dir, struct adl_bundle * out);
 
 // Number of leading token ids that teacher and proxy share. Padding may make one of the vocabularies longer.
 // Returns it, ADL_ERROR_VOCABULARY (naming the first id that differs) or ADL_ERROR_LLAMA.
-ADL_API int32_t adl_vocab_shared(
+ADL_NODISCARD ADL_API int32_t adl_vocab_shared(
         const struct adl_llama * llama, const struct llama_model * teacher, const struct llama_model * proxy);
 
 //
@@ -182,13 +182,13 @@ ADL_API struct adl_pair_params adl_pair_default_params(const struct adl_llama * 
 // Opens a bundle of either format for a teacher: reads, validates, loads it and compares the vocabularies.
 // The teacher's model is read during the call only. Free with adl_pair_free, after the samplers made of it.
 // Returns NULL on failure.
-ADL_API struct adl_pair * adl_pair_init(
+ADL_NODISCARD ADL_API struct adl_pair * adl_pair_init(
         const struct adl_llama * llama, const char * dir, const struct llama_model * teacher, struct adl_pair_params params);
 
 // Loads two files as halves, whatever their metadata say; for tools that make bundles or have validated them.
 // teacher == NULL: the pair decodes and gives logits and doses, but adjusts nothing, and delta_scale may be 0 (unknown).
 // Returns NULL on failure.
-ADL_API struct adl_pair * adl_pair_init_from_files(
+ADL_NODISCARD ADL_API struct adl_pair * adl_pair_init_from_files(
         const struct adl_llama * llama, const char * path_plus, const char * path_minus, double epsilon, double delta_scale,
         const struct llama_model * teacher, struct adl_pair_params params);
 
@@ -196,7 +196,7 @@ ADL_API struct adl_pair * adl_pair_init_from_files(
 // say; alpha is to be 0 in the adapter, so that llama.cpp takes a scale as it is. `epsilon` is the bundle's; params.epsilon
 // goes before it. Else as adl_pair_init_from_files.
 // Returns NULL on failure.
-ADL_API struct adl_pair * adl_pair_init_from_adapter(
+ADL_NODISCARD ADL_API struct adl_pair * adl_pair_init_from_adapter(
         const struct adl_llama * llama, const char * path_base, const char * path_adapter, double epsilon, double delta_scale,
         const struct llama_model * teacher, struct adl_pair_params params);
 
@@ -214,7 +214,7 @@ ADL_API double adl_pair_epsilon(const struct adl_pair * pair);
 // already stays as it is. delta_scale stays too: it hardly changes within the linear range of ε.
 // Returns ADL_OK, ADL_ERROR_INPUT (ε no positive number, or a pair of halves: nothing is changed), or ADL_ERROR_PROXY where
 // llama.cpp refuses; then the pair keeps its ε, and adl_pair_decode attaches the adapter at it again or fails.
-ADL_API int32_t adl_pair_set_epsilon(struct adl_pair * pair, double epsilon);
+ADL_NODISCARD ADL_API int32_t adl_pair_set_epsilon(struct adl_pair * pair, double epsilon);
 
 // One proxy, for reading: performance counters, saved states. Decoding in it parts the pair; a state set in
 // both is to be followed by adl_pair_touch. One model serves both signs where the pair was made from an adapter.
@@ -225,7 +225,7 @@ ADL_API struct llama_model *   adl_pair_get_model  (const struct adl_pair * pair
 // Embeddings instead of tokens are refused.
 // Returns the number of output rows, or an error. An error sticks: until adl_pair_memory_clear the pair refuses to go on,
 // because its memory no longer is the teacher's.
-ADL_API int32_t adl_pair_decode(struct adl_pair * pair, struct llama_batch batch);
+ADL_NODISCARD ADL_API int32_t adl_pair_decode(struct adl_pair * pair, struct llama_batch batch);
 
 // The sticky error in words, NULL if there is none. Valid until the next call that changes the pair.
 ADL_API const char * adl_pair_error(const struct adl_pair * pair);
@@ -272,7 +272,7 @@ struct adl_row {
 //   guard         share of the top token's probability that a candidate needs, 0 (every token) to 1; the top may be an end
 // Returns ADL_OK, ADL_ERROR_INPUT or ADL_ERROR_PROXY (a NaN or infinity where none may be). On an error neither the row nor
 // `out` is changed. Safe to call from any thread.
-ADL_API int32_t adl_adjust(
+ADL_NODISCARD ADL_API int32_t adl_adjust(
         float * logits, int32_t n_vocab, const float * plus, const float * minus, int32_t n_proxy, int32_t n_shared,
         const llama_token * ends, size_t n_ends, double epsilon, double lam, double guard, struct adl_row * out);
 
@@ -284,7 +284,7 @@ ADL_API int32_t adl_adjust(
 //   rows       (n_rows) written on success
 // Returns ADL_OK or an error. On an error every row is closed: the teacher's end-of-generation tokens are all that can be
 // sampled. (A pair that was made without a teacher cannot know their number, and leaves the rows alone.)
-ADL_API int32_t adl_pair_adjust(
+ADL_NODISCARD ADL_API int32_t adl_pair_adjust(
         struct adl_pair * pair, float * logits, int32_t n_rows, const double * strength, const double * guard,
         struct adl_row * rows);
 
@@ -301,11 +301,13 @@ ADL_API double adl_pair_dose(struct adl_pair * pair, int32_t row, llama_token to
 // and the row stays the teacher's, to the bit. Only where a row has a choice is the pair evaluated: until then tokens wait,
 // and all that wait of a sequence are decoded in one batch. Then the row is adjusted in place.
 //
-//     adl_lockstep_decode(lockstep, batch, rows, n_rows, results);     in place of llama_decode, or around it:
+//     if (adl_lockstep_decode(lockstep, batch, rows, n_rows, results) != ADL_OK) { ... }
 //
-//     adl_lockstep_begin(lockstep, batch, rows, n_rows);
+// in place of llama_decode, or around it:
+//
+//     if (adl_lockstep_begin(lockstep, batch, rows, n_rows) != ADL_OK) { ... }      the teacher must not decode
 //     status = llama_decode(teacher, batch);
-//     adl_lockstep_end(lockstep, status, results);                      whatever the status is
+//     if (adl_lockstep_end(lockstep, status, results) != ADL_OK) { ... }            whatever the status is
 //
 // From then on the teacher's memory is changed through the lockstep alone: it has to know which tokens are there.
 //
@@ -357,7 +359,7 @@ ADL_API struct adl_lockstep_params adl_lockstep_default_params(void);
 // be empty; the pair's is cleared. The pair's sequences share their cells where its context parameters say kv_unified,
 // as adl_pair_default_params do: those with a choice are any subset, which llama.cpp joins in unified memory only.
 // Returns NULL on failure.
-ADL_API struct adl_lockstep * adl_lockstep_init(
+ADL_NODISCARD ADL_API struct adl_lockstep * adl_lockstep_init(
         struct adl_pair * pair, struct llama_context * teacher, struct adl_lockstep_params params);
 
 ADL_API void adl_lockstep_free(struct adl_lockstep * lockstep); // NULL is fine
@@ -422,40 +424,45 @@ ADL_NODISCARD ADL_API int32_t adl_lockstep_restore(
 // A llama_sampler that evaluates the pair and adjusts the candidates' logits, for hosts that own their loop over one
 // sequence:
 //
-//     llama_sampler_chain_add(chain, adl_sampler_init(pair, 1.0, 0.05));   first, before samplers that drop candidates
-//     adl_sampler_set_prefix(llama_sampler_chain_get(chain, 0), prompt, n_prompt);
+//     struct llama_sampler * smpl = adl_sampler_init(pair, 1.0, 0.05);
+//     if (smpl == NULL || adl_sampler_set_prefix(smpl, prompt, n_prompt) != ADL_OK) { ... }
+//     llama_sampler_chain_add(chain, smpl);                       first, before samplers that drop candidates
 //     ... llama_decode(teacher, ...); token = llama_sampler_sample(chain, teacher, -1); ...
 //
-// It evaluates the proxies on the prefix and the accepted tokens when it is applied, once a position: applied again
-// without an accept (grammar resampling) it uses what it has. Candidates are told by their id, so others may have been
-// dropped or sorted before; the guard and the kept mass are then those of what is left.
+// Where at least two of the candidates that are left pass the guard, it evaluates the proxies on the prefix and the accepted
+// tokens, and adjusts. Where at most one does, the candidates stay as they are, to the bit, and the tokens wait: they are
+// decoded together when a position has a choice. It evaluates once a position: applied again without an accept (grammar
+// resampling) it uses what it has. Candidates are told by their id, so others may have been dropped or sorted before; the
+// guard and the kept mass are then those of what is left. At strength 0 it evaluates for the dose, and changes nothing.
 //
-// Fails closed: when the pair cannot be evaluated, end-of-generation has all the probability, and every other token that
-// is left the same tiny one. Where something rules end-of-generation out (a grammar that is not at its end, a bias) or
-// prefers unlikely tokens (adaptive-p, XTC at threshold 0), what is sampled owes nothing to the teacher. Ask
-// adl_sampler_error before showing a token. Put truncations after this sampler and after the grammar: together with a
-// grammar, one before them may leave end-of-generation alone, and llama.cpp ends the process when a grammar has to accept
-// a token that it forbids.
+// Fails closed: when the pair cannot be evaluated where it is needed, end-of-generation has all the probability, and every
+// other token that is left the same tiny one. So it has, choice or none, without a prefix, where the teacher's logits are not
+// numbers, and where a candidate is none of the teacher's tokens. Where something rules end-of-generation out (a grammar that
+// is not at its end, a bias) or prefers unlikely tokens (adaptive-p, XTC at threshold 0), what is sampled owes nothing to the
+// teacher. Ask adl_sampler_error before showing a token. Put truncations after this sampler and after the grammar: together
+// with a grammar, one before them may leave end-of-generation alone, and llama.cpp ends the process when a grammar has to
+// accept a token that it forbids.
 //
 // Ownership is llama.cpp's: a chain frees what was added to it, otherwise llama_sampler_free does. The pair must outlive it.
 //
 // Returns NULL on failure: strength not finite or negative, guard not within 0 and 1, a pair without teacher.
-ADL_API struct llama_sampler * adl_sampler_init(struct adl_pair * pair, double strength, double guard);
+ADL_NODISCARD ADL_API struct llama_sampler * adl_sampler_init(struct adl_pair * pair, double strength, double guard);
 
 // The tokens of the teacher's context so far, prompt and all. Forgets what was accepted, and an error. Tokens that the host
 // passes to llama_sampler_accept (llama_sampler_sample does) are appended: a host that accepts its prompt needs no prefix.
 // Returns ADL_OK, or ADL_ERROR_INPUT if `smpl` is no sampler of adlocal's. On an error a sampler of ours stays closed.
-ADL_API int32_t adl_sampler_set_prefix(struct llama_sampler * smpl, const llama_token * tokens, size_t n_tokens);
+ADL_NODISCARD ADL_API int32_t adl_sampler_set_prefix(struct llama_sampler * smpl, const llama_token * tokens, size_t n_tokens);
 
 // The sticky error in words, NULL if there is none. llama_sampler_reset and set_prefix clear it.
 ADL_API const char * adl_sampler_error(const struct llama_sampler * smpl);
 
 // What protection did since the last reset or set_prefix.
 struct adl_dose {
-    int64_t n_tokens;    // tokens accepted after a position was evaluated
+    int64_t n_tokens;    // tokens accepted after the sampler was applied at their position
     int64_t n_steerable; // those where at least two tokens passed the guard
-    double  total;       // Σ (Δ(x) − E[Δ]) over them
-    double  kl;          // Σ KL(adjusted ‖ teacher), nats
+    int64_t n_dosed;     // those whose Δ was computed: where there was a choice, in any application at their position
+    double  total;       // Σ (Δ(x) − E[Δ]) over the n_dosed
+    double  kl;          // Σ KL(adjusted ‖ teacher) over the n_tokens, nats
 };
 ADL_API struct adl_dose adl_sampler_get_dose(const struct llama_sampler * smpl);
 

@@ -182,9 +182,6 @@ void adl_pair::check_code(int32_t code, const char * which) const {
 }
 
 void adl_pair::follow(const std::vector<llama_token> & tokens) {
-    if (tokens.empty()) {
-        throw Error{ADL_ERROR_PROXY, "nothing to evaluate: tell the sampler the prompt with adl_sampler_set_prefix"};
-    }
     for (int32_t done = keep_prefix(tokens), n = static_cast<int32_t>(tokens.size()); done < n;) {
         const int32_t chunk = std::min(n - done, n_batch_);
         append(tokens.data() + done, chunk);

@@ -37,7 +37,7 @@ struct adl_pair {
     // Number of output rows. Whatever fails sticks until clear().
     int32_t decode(const llama_batch & batch);
 
-    // Makes sequence 0 hold exactly `tokens` and evaluates the row that follows them: keeps the common prefix, drops the
+    // Makes sequence 0 hold exactly `tokens`, at least one, and evaluates the row that follows them: keeps the common prefix, drops the
     // rest, decodes what is new. Starts afresh when something else has used the pair, or after an error.
     void follow(const std::vector<llama_token> & tokens);
 

@@ -64,8 +64,7 @@ class Sampler {
     void apply(llama_token_data_array * candidates) noexcept {
         or_stick([&] {
             if (error_.empty() && candidates->size > 0) {
-                evaluate();
-                adjust(candidates);
+                steer(candidates);
             }
         });
         if (!error_.empty()) {
@@ -89,6 +88,23 @@ class Sampler {
         }
     }
 
+    // Asks the pair only where the guard leaves a choice. What else is wrong is an error in either case.
+    void steer(llama_token_data_array * candidates) {
+        if (tokens_.empty()) {
+            throw Error{ADL_ERROR_PROXY, "nothing to evaluate: tell the sampler the prompt with adl_sampler_set_prefix"};
+        }
+        const int32_t n_shared = gather(candidates);
+        const auto &  logits   = scratch_.logits;
+        adl_row       row      = {};
+        row.n_candidates       = n_candidates(logits.data(), static_cast<int32_t>(logits.size()), n_shared, guard_, ends());
+        if (row.n_candidates > 1) {
+            evaluate();
+            row = adjust(candidates, n_shared);
+        }
+        row_     = row;
+        applied_ = true;
+    }
+
     // Once a position: what is there stays until a token is accepted.
     void evaluate() {
         if (evaluated_) {
@@ -99,18 +115,20 @@ class Sampler {
         evaluated_ = std::make_shared<Evaluated>(pair_->copy_row(0, pair_->expectation(0)));
     }
 
-    void adjust(llama_token_data_array * candidates) {
+    adl_row adjust(llama_token_data_array * candidates, int32_t n_shared) {
+        gather_proxies(candidates->data, n_shared);
         const Settings settings = {evaluated_->epsilon, pair_->lam(strength_), guard_};
-        const int32_t  n_shared = gather(candidates);
-        auto &         logits   = scratch_.logits;
         const Proxies  proxies  = {scratch_.plus.data(), scratch_.minus.data(), n_shared};
-        const Ends     ends     = {scratch_.ends.data(), scratch_.ends.size()};
-        row_     = adl::adjust(logits.data(), static_cast<int32_t>(logits.size()), proxies, n_shared, settings, ends, evaluated_->mean);
-        applied_ = true;
-        for (size_t k = 0; k < logits.size(); ++k) {
-            candidates->data[scratch_.order[k]].logit = logits[k];
+        auto &         logits   = scratch_.logits;
+        const adl_row  row =
+            adl::adjust(logits.data(), static_cast<int32_t>(logits.size()), proxies, n_shared, settings, ends(), evaluated_->mean);
+        if (strength_ > 0) {
+            for (size_t k = 0; k < logits.size(); ++k) {
+                candidates->data[scratch_.order[k]].logit = logits[k];
+            }
+            candidates->sorted = false;
         }
-        candidates->sorted = false;
+        return row;
     }
 
     // Lays the candidates out as adl::adjust wants them: those with a Δ first. Returns their number.
@@ -125,8 +143,6 @@ class Sampler {
         const auto shared   = std::stable_partition(order.begin(), order.end(), [&](size_t i) { return data[i].id < pair_->n_shared; });
         const auto n_shared = static_cast<int32_t>(shared - order.begin());
         scratch_.logits.resize(order.size());
-        scratch_.plus.resize(n_shared);
-        scratch_.minus.resize(n_shared);
         scratch_.ends.clear();
         for (size_t k = 0; k < order.size(); ++k) {
             scratch_.logits[k] = data[order[k]].logit;
@@ -134,13 +150,21 @@ class Sampler {
                 scratch_.ends.push_back(static_cast<llama_token>(k));
             }
         }
+        return n_shared;
+    }
+
+    // The proxies' logits of the first n_shared of them.
+    void gather_proxies(const llama_token_data * data, int32_t n_shared) {
+        scratch_.plus.resize(n_shared);
+        scratch_.minus.resize(n_shared);
         for (int32_t k = 0; k < n_shared; ++k) {
-            const llama_token id = data[order[k]].id;
+            const llama_token id = data[scratch_.order[k]].id;
             scratch_.plus[k]     = evaluated_->plus[id];
             scratch_.minus[k]    = evaluated_->minus[id];
         }
-        return n_shared;
     }
+
+    Ends ends() const { return {scratch_.ends.data(), scratch_.ends.size()}; }
 
     void check_id(llama_token id) const {
         if (id < 0 || id >= pair_->n_vocab_teacher) {
@@ -156,7 +180,10 @@ class Sampler {
         ++dose_.n_tokens;
         dose_.n_steerable += row_.n_candidates > 1 ? 1 : 0;
         dose_.kl += row_.kl;
-        dose_.total += evaluated_->dose(token);
+        if (evaluated_) {
+            ++dose_.n_dosed;
+            dose_.total += evaluated_->dose(token);
+        }
     }
 
     bool is_end(llama_token token) const {
@@ -195,7 +222,7 @@ class Sampler {
     double                           strength_;
     double                           guard_;
     std::vector<llama_token>         tokens_;
-    std::shared_ptr<const Evaluated> evaluated_; // at the position after tokens_; clones share it
+    std::shared_ptr<const Evaluated> evaluated_; // at the position after tokens_, where it was needed; clones share it
     bool                             applied_ = false;
     adl_row                          row_     = {}; // of the last apply
     adl_dose                         dose_    = {};

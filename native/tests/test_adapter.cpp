@@ -165,7 +165,8 @@ TEST(a_sampler_finishes_its_position_at_the_epsilon_it_was_evaluated_at) {
     const Tokens       next     = {5, 6, 7};
     const auto         plus     = at(100 * EPSILON, next), minus = at(-100 * EPSILON, next);
     std::vector<float> expected = fake::logits(TEACHER, prefix);
-    adl_adjust(expected.data(), N_TEACHER, plus.data(), minus.data(), N_PROXY, N_PROXY, TEACHER_ENDS, 2, 100 * EPSILON, 1 / DELTA_SCALE, 0.05, &row);
+    CHECK_EQ(adl_adjust(expected.data(), N_TEACHER, plus.data(), minus.data(), N_PROXY, N_PROXY, TEACHER_ENDS, 2, 100 * EPSILON,
+                        1 / DELTA_SCALE, 0.05, &row), ADL_OK);
     CHECK(apply() == expected);
     llama_sampler_free(smpl);
 }

@@ -291,7 +291,8 @@ void apply_and_check(llama_sampler * smpl, const Tokens & tokens) {
 
     adl_row            row;
     std::vector<float> given;
-    adl_adjust(expected.data(), N_TEACHER, plus.data(), minus.data(), N_PROXY, N_PROXY, TEACHER_ENDS, 2, EPSILON, STRENGTH / DELTA_SCALE, GUARD, &row);
+    CHECK_EQ(adl_adjust(expected.data(), N_TEACHER, plus.data(), minus.data(), N_PROXY, N_PROXY, TEACHER_ENDS, 2, EPSILON,
+                        STRENGTH / DELTA_SCALE, GUARD, &row), ADL_OK);
     for (const llama_token_data & d : data) {
         given.push_back(d.logit);
     }
@@ -345,7 +346,7 @@ TEST(applying) {
     check_steps({5, 6}, [](llama_sampler * smpl) {
         static llama_token_data data[N_TEACHER];
         for (llama_token id = 0; id < N_TEACHER; ++id) {
-            data[id] = {id, static_cast<float>(id), 0.0f};
+            data[id] = {id, static_cast<float>(id % 8), 0.0f}; // a choice
         }
         llama_token_data_array array = {data, N_TEACHER, -1, false};
         smpl->iface->apply(smpl, &array);

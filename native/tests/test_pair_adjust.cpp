@@ -204,8 +204,8 @@ TEST(rows_that_are_gone_close) {
         [](adl_pair * pair) { adl_pair_memory_seq_cp(pair, 0, 3, -1, -1); },
         [](adl_pair * pair) { adl_pair_memory_seq_keep(pair, 0); },
         [](adl_pair * pair) { adl_pair_touch(pair); },
-        [](adl_pair * pair) { adl_pair_decode(pair, Batch({N_PROXY}).get()); }, // fails
-        [](adl_pair * pair) { Batch batch; adl_pair_decode(pair, batch.add(5, 2, {2}, false).get()); }, // gives none
+        [](adl_pair * pair) { CHECK_EQ(adl_pair_decode(pair, Batch({N_PROXY}).get()), ADL_ERROR_PROXY); },
+        [](adl_pair * pair) { Batch batch; CHECK_EQ(adl_pair_decode(pair, batch.add(5, 2, {2}, false).get()), 0); },
     };
     for (const auto go : goings) {
         install();

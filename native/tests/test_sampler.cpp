@@ -4,6 +4,7 @@
 #include "models.hpp"
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <random>
 
@@ -100,7 +101,6 @@ void check_same(const Candidates & given, const std::vector<llama_token_data> & 
         CHECK_EQ(given.data[i].id, expected[i].id);
         CHECK(given.data[i].logit == expected[i].logit || std::fabs(given.data[i].logit - expected[i].logit) < 2e-6f);
     }
-    CHECK(!given.sorted);
 }
 
 // Applies the sampler to the full row after `tokens` and checks it.
@@ -166,7 +166,8 @@ TEST(candidates_that_were_dropped_are_not_missed) {
         std::vector<llama_token_data> expected = given.data;
         given.apply(f.smpl, /* was_sorted = */ true);
         expect({5, 6, 7}, expected);
-        check_same(given, expected); // and no longer sorted
+        check_same(given, expected);
+        CHECK_EQ(given.sorted, n == 1); // where there was a choice, in another order
     }
 }
 
@@ -255,11 +256,178 @@ TEST(strength_0_leaves_every_bit) {
     Host            host;
     llama_sampler * smpl = adl_sampler_init(host.pair, 0, GUARD);
     const Tokens    tokens = {5, 6};
-    adl_sampler_set_prefix(smpl, tokens.data(), tokens.size());
+    CHECK_EQ(adl_sampler_set_prefix(smpl, tokens.data(), tokens.size()), ADL_OK);
     Candidates given(tokens);
-    given.apply(smpl);
+    given.apply(smpl, true);
     CHECK(given.logits() == fake::logits(TEACHER, tokens));
+    CHECK(given.sorted);
+    smpl->iface->accept(smpl, 7);
+    const adl_dose dose = adl_sampler_get_dose(smpl);
+    CHECK_EQ(dose.n_dosed, 1); // it is measured, where there was a choice
+    CHECK(dose.total != 0 && dose.kl == 0);
     llama_sampler_free(smpl);
+}
+
+//
+// Rows without a choice
+//
+
+// Leaves at most one candidate that passes the guard, in each of the ways there are.
+using Narrow = void (*)(Candidates &);
+const std::vector<Narrow> NARROW = {
+    [](Candidates & c) { c.logit(40) = 60; },
+    [](Candidates & c) { c.sort_and_keep(1); },
+    [](Candidates & c) { c.logit(EOS) = 60; },                    // an end is no candidate
+    [](Candidates & c) { c.logit(EOS) = 60, c.logit(40) = 60; },
+    [](Candidates & c) { c.logit(N_PROXY) = 60, c.logit(N_PROXY + 1) = 60; }, // nor what the proxies do not know
+    [](Candidates & c) { c.drop([](const llama_token_data & d) { return d.id < N_PROXY; }); },
+    [](Candidates & c) { // a grammar
+        for (llama_token_data & d : c.data) {
+            d.logit = d.id == 33 ? d.logit : -INF;
+        }
+    },
+};
+
+TEST(a_row_without_a_choice_stays_and_evaluates_nothing) {
+    for (const Narrow narrow : NARROW) {
+        for (const bool sorted : {false, true}) {
+            install();
+            Fixture f;
+            f.prefix({5, 6, 7});
+            Candidates given({5, 6, 7});
+            narrow(given);
+            const auto before = given.data;
+            given.apply(f.smpl, sorted);
+            CHECK(given.data.size() == before.size() && std::memcmp(given.data.data(), before.data(), before.size() * sizeof before[0]) == 0);
+            CHECK_EQ(given.sorted, sorted);
+            CHECK_EQ(fake::counts().decodes, 0);
+            CHECK(adl_sampler_error(f.smpl) == nullptr);
+        }
+    }
+}
+
+TEST(tokens_wait_for_a_choice_and_are_decoded_together) {
+    for (const size_t n : {1, 5, 29, 30, 100}) { // the pair's batches are of 32
+        install();
+        Fixture f;
+        Tokens  tokens = {5, 6};
+        f.prefix(tokens);
+        for (size_t i = 0; i < n; ++i) {
+            Candidates given(tokens);
+            given.logit(40) = 60;
+            given.apply(f.smpl);
+            f.accept(static_cast<llama_token>(3 + i % 50));
+            tokens.push_back(static_cast<llama_token>(3 + i % 50));
+        }
+        CHECK_EQ(fake::counts().decodes, 0);
+        check_applied(f.smpl, tokens);
+        CHECK_EQ(fake::counts().decodes, 2 * static_cast<int>((tokens.size() + 31) / 32));
+    }
+}
+
+TEST(a_position_that_comes_to_have_a_choice_is_evaluated_then) { // grammar resampling, either way round
+    install();
+    Fixture f;
+    f.prefix({5, 6});
+    for (int i = 0; i < 2; ++i) {
+        Candidates given({5, 6});
+        given.logit(40) = 60;
+        given.apply(f.smpl);
+        CHECK_EQ(given.logit(40), 60.0f);
+        CHECK_EQ(fake::counts().decodes, 2 * i);
+        check_applied(f.smpl, {5, 6});
+    }
+    CHECK_EQ(fake::counts().decodes, 2);
+}
+
+// What a sampler should have counted, evaluating every position.
+struct Eager {
+    Tokens   text;
+    adl_row  row   = {};    // of the last application
+    double   mean  = 0;     // E[Δ]
+    bool     dosed = false; // any at this position had a choice
+    bool     applied = false;
+    adl_dose dose  = {};
+
+    void accept(llama_token token) {
+        if (applied) {
+            ++dose.n_tokens;
+            dose.n_steerable += row.n_candidates > 1;
+            dose.kl += row.kl;
+        }
+        if (dosed) {
+            const float delta = fake::logits(PLUS, text)[token] - fake::logits(MINUS, text)[token];
+            dose.total += static_cast<double>(delta / static_cast<float>(2 * EPSILON)) - mean;
+            ++dose.n_dosed;
+        }
+        text.push_back(token);
+        applied = dosed = false;
+    }
+
+    // Applies `smpl` to what `narrow` leaves of the row, and checks it.
+    void apply(llama_sampler * smpl, double guard, const std::function<void(Candidates &)> & narrow) {
+        Candidates given(text), expected(text), whole(text);
+        narrow(given);
+        narrow(expected);
+        mean    = expect(text, whole.data).mean;
+        row     = expect(text, expected.data, STRENGTH, guard);
+        applied = true;
+        dosed |= row.n_candidates > 1;
+        given.apply(smpl);
+        CHECK(adl_sampler_error(smpl) == nullptr);
+        CHECK(given.logits() == expected.logits());
+    }
+
+    void check(llama_sampler * smpl) const {
+        const adl_dose found = adl_sampler_get_dose(smpl);
+        CHECK_EQ(found.n_tokens, dose.n_tokens);
+        CHECK_EQ(found.n_steerable, dose.n_steerable);
+        CHECK_EQ(found.n_dosed, dose.n_dosed);
+        CHECK_EQ(found.total, dose.total);
+        CHECK_EQ(found.kl, dose.kl);
+    }
+};
+
+// Tokens, grammars that are applied second, and clones, at a guard at which about half of the rows have a choice.
+TEST(lazy_logits_and_doses_are_eager_ones_over_a_random_walk) {
+    constexpr double HALF = 0.7;
+    install();
+    Host                         host;
+    std::mt19937                 random(7);
+    std::vector<llama_sampler *> samplers = {adl_sampler_init(host.pair, STRENGTH, HALF)};
+    std::vector<Eager>           eager(1);
+    for (int i = 0; i < 600; ++i) {
+        const size_t      k    = random() % samplers.size();
+        const llama_token some = static_cast<llama_token>(3 + random() % 50), every = static_cast<llama_token>(2 + random() % 20);
+        const auto grammar = [every](Candidates & c) { c.drop([every](const llama_token_data & d) { return d.id % every != 0; }); };
+        switch (random() % 5) {
+            case 0:
+                if (samplers.size() < 5) {
+                    samplers.push_back(llama_sampler_clone(samplers[k]));
+                    eager.push_back(eager[k]);
+                }
+                break;
+            case 1:
+            case 2:
+                if (eager[k].text.size() < 100) {
+                    samplers[k]->iface->accept(samplers[k], some);
+                    eager[k].accept(some);
+                }
+                break;
+            default:
+                if (!eager[k].text.empty()) {
+                    eager[k].apply(samplers[k], HALF, random() % 2 ? +[](Candidates &) {} : std::function<void(Candidates &)>(grammar));
+                }
+        }
+        eager[k].check(samplers[k]);
+    }
+    int64_t n_tokens = 0, n_dosed = 0;
+    for (size_t k = 0; k < samplers.size(); ++k) {
+        n_tokens += eager[k].dose.n_tokens;
+        n_dosed += eager[k].dose.n_dosed;
+        llama_sampler_free(samplers[k]);
+    }
+    CHECK(n_dosed > n_tokens / 5 && n_dosed < n_tokens * 4 / 5); // the walk saw both kinds
 }
 
 //
@@ -377,10 +545,10 @@ TEST(the_host_may_use_the_pair_in_between) {
         [](adl_pair * pair) { adl_pair_memory_clear(pair); },
         [](adl_pair * pair) { adl_pair_memory_seq_rm(pair, 0, 1, -1); },
         [](adl_pair * pair) { adl_pair_memory_seq_keep(pair, 2); },
-        [](adl_pair * pair) { adl_pair_decode(pair, Batch({30}, 3).get()); }, // in the sampler's own sequence
-        [](adl_pair * pair) { Batch batch; adl_pair_decode(pair, batch.add(30, 0, {2}, true).get()); },
-        [](adl_pair * pair) { adl_pair_memory_clear(pair); adl_pair_decode(pair, Batch({40, 41, 42}).get()); },
-        [](adl_pair * pair) { adl_pair_decode(pair, Batch({N_PROXY}).get()); }, // an error that sticks
+        [](adl_pair * pair) { CHECK(adl_pair_decode(pair, Batch({30}, 3).get()) != 0); }, // in the sampler's own sequence: refused the second time
+        [](adl_pair * pair) { Batch batch; CHECK(adl_pair_decode(pair, batch.add(30, 0, {2}, true).get()) != 0); },
+        [](adl_pair * pair) { adl_pair_memory_clear(pair); CHECK_EQ(adl_pair_decode(pair, Batch({40, 41, 42}).get()), 1); },
+        [](adl_pair * pair) { CHECK_EQ(adl_pair_decode(pair, Batch({N_PROXY}).get()), ADL_ERROR_PROXY); }, // an error that sticks
         [](adl_pair * pair) { // both memories replaced
             for (const adl_sign sign : {ADL_PLUS, ADL_MINUS}) {
                 llama_memory_clear(llama_get_memory(adl_pair_get_context(pair, sign)), true);
@@ -503,7 +671,7 @@ TEST(samplers_of_their_own_share_a_pair) {
     Fixture         f;
     llama_sampler * other = adl_sampler_init(f.pair, 4.0, 0.5);
     const Tokens    tokens = {30, 31};
-    adl_sampler_set_prefix(other, tokens.data(), tokens.size());
+    CHECK_EQ(adl_sampler_set_prefix(other, tokens.data(), tokens.size()), ADL_OK);
     f.prefix({5, 6, 7});
     check_applied(f.smpl, {5, 6, 7});
     Candidates given(tokens), expected(tokens);
@@ -569,10 +737,11 @@ void check_dose(llama_sampler * smpl, int64_t n_tokens, int64_t n_steerable) {
     const adl_dose dose = adl_sampler_get_dose(smpl);
     CHECK_EQ(dose.n_tokens, n_tokens);
     CHECK_EQ(dose.n_steerable, n_steerable);
-    CHECK(n_tokens > 0 || (dose.total == 0 && dose.kl == 0));
+    CHECK_EQ(dose.n_dosed, n_steerable);
+    CHECK(n_steerable > 0 || (dose.total == 0 && dose.kl == 0));
 }
 
-TEST(tokens_whose_position_was_not_evaluated_have_no_dose) {
+TEST(tokens_whose_position_was_not_applied_have_no_dose) {
     install();
     Fixture f;
     f.prefix({5});
@@ -731,6 +900,49 @@ TEST(a_teacher_without_an_end_leaves_equal_tokens) {
     CHECK(!given.data.empty());
 }
 
+TEST(a_proxy_that_fails_is_met_where_there_is_a_choice) {
+    install();
+    Broken     f;
+    Candidates sure({5, 6});
+    sure.logit(40) = 60;
+    sure.apply(f.smpl);
+    CHECK(adl_sampler_error(f.smpl) == nullptr);
+    f.accept(40);
+    Candidates given({5, 6, 40});
+    given.apply(f.smpl);
+    check_closed(given);
+    check_failed(f.smpl, "llama_decode returned -3");
+    check_dose(f.smpl, 1, 0);
+}
+
+TEST(nonsense_closes_a_row_without_a_choice_too) {
+    const std::vector<std::pair<const char *, Narrow>> nonsense = {
+        {"teacher's logits are not numbers", [](Candidates & c) { c.logit(9) = std::numeric_limits<float>::quiet_NaN(); }},
+        {"teacher's logits are not numbers", [](Candidates & c) { c.logit(EOT) = std::numeric_limits<float>::quiet_NaN(); }},
+        {"teacher's largest logit is inf", [](Candidates & c) { c.logit(9) = INF; }},
+        {"candidate 72 is none of the teacher's 72 tokens", [](Candidates & c) { c.data[9].id = N_TEACHER; }},
+    };
+    for (const auto & [words, spoil] : nonsense) {
+        install();
+        Fixture    f;
+        Candidates given({5, 6});
+        f.prefix({5, 6});
+        given.logit(40) = 60;
+        spoil(given);
+        given.apply(f.smpl, true);
+        check_closed(given);
+        check_failed(f.smpl, words);
+        CHECK_EQ(fake::counts().decodes, 0);
+    }
+    install();
+    Fixture    f; // without a prefix
+    Candidates given({});
+    given.logit(40) = 60;
+    given.apply(f.smpl);
+    check_closed(given);
+    check_failed(f.smpl, "adl_sampler_set_prefix");
+}
+
 TEST(a_failure_sticks) {
     install();
     Broken f;
@@ -762,6 +974,7 @@ TEST(a_new_prefix_or_reset_mends_a_failure) {
 
     fake::file(MINUS).faults.decode_in = 1;
     f.accept(9);
+    given = Candidates({5, 6, 8, 9});
     given.apply(f.smpl);
     check_failed(f.smpl, "−ε");
     f.smpl->iface->reset(f.smpl);
@@ -775,7 +988,7 @@ TEST(another_sampler_of_the_pair_is_not_disturbed) {
     Broken          f;
     llama_sampler * other = adl_sampler_init(f.pair, STRENGTH, GUARD);
     const Tokens    tokens = {30, 31};
-    adl_sampler_set_prefix(other, tokens.data(), tokens.size());
+    CHECK_EQ(adl_sampler_set_prefix(other, tokens.data(), tokens.size()), ADL_OK);
     Candidates given({5, 6});
     given.apply(f.smpl);
     check_failed(f.smpl, "");

@@ -134,7 +134,7 @@ TEST(the_version_is_a_version) {
 }
 
 TEST(a_success_keeps_the_last_error) {
-    adl_llama_check(nullptr);
+    CHECK_EQ(adl_llama_check(nullptr), ADL_ERROR_LLAMA);
     const std::string error = adl_last_error();
     CHECK_EQ(status_of(fake_llama_table()), ADL_OK);
     CHECK_EQ(std::string(adl_last_error()), error);

@@ -178,9 +178,10 @@ def applied(chain: LlamaSampler, logits: Row, ids: Ids | None = None) -> tuple[I
     data[:] = [llama_cpp.llama_token_data(i, z, 0.0) for i, z in zip(ids.tolist(), logits.tolist(), strict=True)]
     array = llama_cpp.llama_token_data_array(data=data, size=n, selected=-1, sorted=False)
     llama_cpp.llama_sampler_apply(chain.sampler, ctypes.byref(array))
-    assert not array.sorted  # also after top-k: adjusted logits are in another order
     left = array.data[: array.size]
-    return np.array([d.id for d in left], dtype=np.int32), np.array([d.logit for d in left], dtype=np.float32)
+    logits = np.array([d.logit for d in left], dtype=np.float32)
+    assert not array.sorted or (np.diff(logits) <= 0).all()  # top-k sorts, and adjusted logits are in another order
+    return np.array([d.id for d in left], dtype=np.int32), logits
 
 
 def last_delta(pair: ProxyPair, tokens: Sequence[int]) -> Row:
@@ -228,6 +229,26 @@ def test_token_for_token_the_drop_in(
             assert (host.dose.n_tokens, host.dose.n_steerable) == (12, llm.last_dose.n_steerable)
             assert host.dose.total == pytest.approx(llm.last_dose.total, rel=1e-12)
             assert host.dose.kl == pytest.approx(llm.last_dose.kl, rel=1e-12)
+
+
+def test_token_for_token_the_drop_in_where_tokens_wait(
+    tiny_llama: Path, tiny_bundle: Path, teacher: llama_cpp.Llama, pair: ProxyPair
+) -> None:
+    """A guard at which four positions of ten have no choice: what waits is decoded in the same batches."""
+    with closing(
+        AntidistillationLlama(str(tiny_llama), bundle=tiny_bundle, strength=STRENGTH, guard=0.9, **KWARGS)
+    ) as llm:
+        n_dosed = 0
+        for seed, prompt in enumerate(PROMPTS):
+            expected = drop_in(llm, prompt, seed, 12)
+            pair.clear()
+            teacher.set_seed(seed)
+            with Host(teacher, pair, as_llama_builds(teacher), guard=0.9) as host:
+                assert host.run(encode(teacher, prompt), 12) == expected
+                assert (host.dose.n_tokens, host.dose.n_dosed) == (12, llm.last_dose.n_dosed)
+                assert host.dose.total == pytest.approx(llm.last_dose.total or 0.0, rel=1e-12)
+                n_dosed += host.dose.n_dosed
+    assert 12 * len(PROMPTS) / 4 < n_dosed < 12 * len(PROMPTS) * 3 / 4
 
 
 def drop_in(llm: AntidistillationLlama, prompt: str, seed: int, n: int, **sampling: Any) -> list[int]:
@@ -418,6 +439,22 @@ def test_applied_again_it_does_not_evaluate_again(
         assert host.dose.n_tokens == 0
 
 
+def test_a_row_without_a_choice_asks_no_proxy(teacher: llama_cpp.Llama, tiny_bundle: Path, decoded: list[int]) -> None:
+    """Only the top passes a guard of 1: greedy is the teacher's own text. Then what waited is decoded in one batch."""
+    tokens = encode(teacher)
+    plain = list(itertools.islice(teacher.generate(tokens, temp=0.0, reset=True), 8))
+    with open_pair(tiny_bundle, teacher) as pair, Host(teacher, pair, greedy, guard=1.0) as host:
+        assert host.run(tokens, 8) == plain
+        assert decoded == []
+        dose = host.dose
+        assert (dose.n_tokens, dose.n_steerable, dose.n_dosed, dose.total, dose.kl) == (8, 0, 0, 0.0, 0.0)
+        z = evaluate(teacher, [*tokens, *plain])
+        z[65:70] = z.max() + 1
+        _, row = applied(host.chain, z)
+        assert decoded == [len(tokens) + 8] * 2
+        assert (row[65:70] != z[65:70]).all()
+
+
 def test_accepted_tokens_count_where_they_were_sampled(teacher: llama_cpp.Llama, pair: ProxyPair) -> None:
     """A host that accepts its prompt needs no prefix, and the prompt has no dose."""
     tokens = encode(teacher)
@@ -511,7 +548,7 @@ CHAINS: dict[str, tuple[list[Part], list[Part]]] = {
     "hot": ([], [sampled(temp=100.0)]),
     "top_k": ([], [top_k(40), sampled()]),
     "top_k before": ([top_k(5)], [greedy]),
-    "top_k 1 before": ([top_k(1)], [sampled()]),
+    "top_k 2 before": ([top_k(2)], [sampled()]),
     "penalties": ([], [penalties, sampled()]),
     "penalties before": ([penalties], [greedy]),
     "default": ([], [penalties, default]),
@@ -634,7 +671,7 @@ def compare_on_the_real_model(model: Path, bundle: Path) -> None:
     kwargs = {**KWARGS, "n_ctx": 512, "n_threads": 2, "n_threads_batch": 2}
     with (
         closing(llama_cpp.Llama(str(model), **kwargs)) as teacher,
-        closing(AntidistillationLlama(str(model), bundle=bundle, strength=8.0, full=True, **kwargs)) as llm,
+        closing(AntidistillationLlama(str(model), bundle=bundle, strength=8.0, **kwargs)) as llm,
         ProxyPair.open(bundle, teacher=teacher._model, n_ctx=512, n_outputs=1, n_threads=2) as pair,
     ):
         for seed, problem in enumerate(word_problems(20, seed=1)):
