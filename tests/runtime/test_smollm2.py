@@ -18,7 +18,7 @@ from support.problems import cold_and_cached, encoded_problems
 
 pytestmark = pytest.mark.real
 
-N_PROMPTS = 4
+N_PROMPTS = 3
 
 
 def test_fidelity(smollm2_bundle: Path) -> None:

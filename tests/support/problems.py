@@ -27,11 +27,11 @@ def cold_and_cached(
 ) -> Iterator[tuple[str, list[int]]]:
     """(when, greedy ids) of a prompt in a fresh context, the second and the third time, and after another prompt."""
 
-    def greedy(tokens: Sequence[int]) -> list[int]:
-        return list(itertools.islice(llm.generate(tokens, temp=0.0, strength=strength), n_predict))
+    def greedy(tokens: Sequence[int], n: int = n_predict) -> list[int]:
+        return list(itertools.islice(llm.generate(tokens, temp=0.0, strength=strength), n))
 
     llm.reset()
     for time in ("first", "second", "third"):
         yield time, greedy(prompt)
-    greedy(other)
+    greedy(other, 8)
     yield "after another", greedy(prompt)
