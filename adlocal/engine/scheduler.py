@@ -18,7 +18,7 @@ from llama_cpp._internals import LlamaSampler
 
 from ..errors import BusyError, InputError, ProxyError
 from ..settings import Settings
-from . import prefix
+from .prefix import BLOCK, Prefix, cuts, whole_blocks
 from .runner import Chunk, Row, Runner
 from .sequences import Completion, Ended, Event, Failed, Request, Sampled, Sampling
 
@@ -49,14 +49,14 @@ class _Slot:
     """A sequence of the context, what it holds, and who has it.
 
     Attributes:
-        held: tokens in memory.
-        canonical: how many of them are as a fresh context would have them; see `prefix`.
+        prefix: how the tokens in memory were evaluated.
+        held: these tokens.
         used_at: the step in which a request last had it.
     """
 
     seq_id: int
+    prefix: Prefix
     held: list[int] = field(default_factory=list)
-    canonical: int = 0
     used_at: int = 0
     running: _Running | None = None
 
@@ -90,16 +90,17 @@ class Scheduler:
         sampling: Sampling | None = None,
         max_waiting: int = 1024,
     ) -> None:
-        if runner.n_batch < n_parallel + prefix.BLOCK:
+        if runner.n_batch < n_parallel + BLOCK:
             raise InputError(
-                f"n_batch={runner.n_batch}, n_parallel={n_parallel}: a prompt is read {prefix.BLOCK} tokens at a time "
-                f"beside the sequences; give n_batch={n_parallel + prefix.BLOCK} or more"
+                f"n_batch={runner.n_batch}, n_parallel={n_parallel}: a prompt is read {BLOCK} tokens at a time "
+                f"beside the sequences; give n_batch={n_parallel + BLOCK} or more"
             )
         self.settings, self.sampling, self.max_waiting = settings, sampling or Sampling(), max_waiting
         self.shares = runner.can_share()
         self._runner, self._n_ctx = runner, n_ctx
         self._vocab = llama_cpp.llama_model_get_vocab(runner.context.model.model)
-        self._slots = [_Slot(seq_id) for seq_id in range(n_parallel)]
+        self._n_batch = whole_blocks(runner.n_batch)
+        self._slots = [_Slot(seq_id, Prefix(self._n_batch)) for seq_id in range(n_parallel)]
         self._waiting: deque[tuple[int, Request]] = deque()
         self._cancelled: list[Ended] = []
         self._n_submitted = self._n_steps = 0
@@ -206,7 +207,8 @@ class Scheduler:
     def _empty(self) -> None:
         for slot in self._slots:
             self._release(slot)
-            slot.held, slot.canonical, slot.used_at = [], 0, 0
+            slot.held, slot.used_at = [], 0
+            slot.prefix.truncated(0)
         self._runner.clear()
 
     # Who gets a sequence
@@ -231,16 +233,21 @@ class Scheduler:
         holders = [slot for slot in self._slots if slot.running is None or (self.shares and slot.running.is_read)]
         source = max(holders, key=lambda slot: (self._reusable(slot, prompt), -len(slot.held)))
         n = self._reusable(source, prompt)
-        if any(_gain(reader.request.tokens, prompt) > n for reader in readers):
+        if any(self._gain(reader.request.tokens, prompt) > n for reader in readers):
             return None
         return (source if _is_taken_over(source, n, oldest) else oldest), source, n
 
     def _reusable(self, slot: _Slot, prompt: Sequence[int]) -> int:
         """How many of its tokens a prompt may begin with. Where memory forgets, all or none."""
         if self.shares:
-            return prefix.reusable(slot.held, slot.canonical, prompt)
+            return slot.prefix.reusable(slot.held, prompt)
         n = len(slot.held)
         return n if n < len(prompt) and list(prompt[:n]) == slot.held else 0
+
+    def _gain(self, other: Sequence[int], prompt: Sequence[int]) -> int:
+        """How many of its tokens a prompt may begin with once another one has been read."""
+        n = len(other) - 1
+        return Prefix(self._n_batch, canonical=n, usable=n).reusable(other, prompt)
 
     def _prepare(self, slot: _Slot, source: _Slot, n: int) -> int:
         """Has the slot hold the first n tokens of the source and nothing else; returns how many it does hold."""
@@ -250,7 +257,8 @@ class Scheduler:
             self._runner.forget(slot.seq_id, 0)
             keeps = self._runner.share(source.seq_id, slot.seq_id, n)
         n = n if keeps else 0
-        slot.held, slot.canonical = source.held[:n], min(source.canonical, n)
+        slot.held, slot.prefix = source.held[:n], replace(source.prefix)
+        slot.prefix.truncated(n)
         return n
 
     def _start(self, slot: _Slot, id: int, request: Request, n_held: int) -> None:
@@ -287,10 +295,10 @@ class Scheduler:
         return parts
 
     def _part(self, slot: _Slot, running: _Running, room: int) -> int:
-        """How much of a prompt is read next: batches begin at multiples of `prefix.BLOCK`, see there."""
+        """How much of a prompt is read next: batches begin at multiples of `BLOCK`."""
         start = len(slot.held)
-        n = prefix.cuts(start, len(running.pending), self._runner.n_batch)[0]
-        return n if n <= room else max((start + room) // prefix.BLOCK * prefix.BLOCK - start, 0)
+        n = cuts(start, len(running.pending), self._n_batch)[0]
+        return n if n <= room else max((start + room) // BLOCK * BLOCK - start, 0)
 
     def _running(self) -> Iterator[tuple[_Slot, _Running]]:
         return ((slot, slot.running) for slot in self._slots if slot.running is not None)
@@ -299,7 +307,7 @@ class Scheduler:
         """What the memory holds after a decode."""
         for chunk in chunks:
             slot, n = self._slots[chunk.seq_id], len(chunk.tokens)
-            slot.canonical = prefix.canonical(slot.canonical, chunk.n_past, n)
+            slot.prefix.decoded(chunk.n_past, n, protects=True)
             slot.held += chunk.tokens
             if slot.running is not None:
                 slot.running.pending = slot.running.pending[n:]
@@ -353,11 +361,6 @@ class Scheduler:
         assert lockstep is not None, "submit refuses others"
         doses = lockstep.doses(slot.seq_id, len(request.tokens), sampled)
         return math.fsum(doses) / len(doses)
-
-
-def _gain(other: Sequence[int], prompt: Sequence[int]) -> int:
-    """How many of its tokens a prompt may begin with once another one has been read."""
-    return prefix.reusable(other, len(other) - 1, prompt)
 
 
 def _is_taken_over(source: _Slot, n: int, oldest: _Slot) -> bool:

@@ -37,9 +37,11 @@ struct adl_pair {
     // Number of output rows. Whatever fails sticks until clear().
     int32_t decode(const llama_batch & batch);
 
-    // Makes sequence 0 hold exactly `tokens`, at least one, and evaluates the row that follows them: keeps the common prefix, drops the
-    // rest, decodes what is new. Starts afresh when something else has used the pair, or after an error.
-    void follow(const std::vector<llama_token> & tokens);
+    // Makes sequence 0 hold exactly `tokens`, at least one, and evaluates the row that follows them: keeps of the common prefix
+    // what a fresh pair would have alike, drops the rest, decodes what is new. The first `n_prompt` are a prompt, whose last
+    // token is decoded with what follows it and not with those before it. Starts afresh when something else has used the
+    // pair, or after an error.
+    void follow(const std::vector<llama_token> & tokens, size_t n_prompt);
 
     void clear() noexcept;
     bool seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
@@ -76,7 +78,7 @@ struct adl_pair {
 
     int32_t n_rows() const noexcept { return n_rows_; }
 
-    size_t n_batch() const { return static_cast<size_t>(n_batch_); }
+    size_t n_ubatch() const { return static_cast<size_t>(n_ubatch_); }
     size_t n_outputs_max() const { return static_cast<size_t>(n_outputs_max_); }
 
     const adl_llama          llama;
@@ -101,11 +103,13 @@ struct adl_pair {
     void    check(const llama_batch & batch) const;
     void    evaluate(const llama_batch & batch);
     void    check_code(int32_t code, const char * which) const;
-    int32_t keep_prefix(const std::vector<llama_token> & tokens);
-    void    append(const llama_token * tokens, int32_t n);
+    size_t  keep_prefix(const std::vector<llama_token> & tokens, size_t n_prompt);
+    size_t  reusable(size_t n_common, size_t n_prompt) const;
+    void    append(const llama_token * tokens, size_t n, bool output);
     adl::Proxies proxies(int32_t row);
 
     const int32_t            n_batch_;
+    const int32_t            n_ubatch_; // most tokens that llama.cpp evaluates in one go
     const int32_t            n_ctx_train_;
     const int32_t            n_swa_; // tokens of a sliding window, 0 where there is none
     const bool               is_shared_; // a context of more tokens than one sequence may have
@@ -117,6 +121,7 @@ struct adl_pair {
     std::vector<adl_row>     rows_;
     bool                     follows_ = true; // sequence 0 holds exactly tokens_, and there is no other
     std::vector<llama_token> tokens_;
+    size_t                   n_canonical_ = 0; // how many of them were evaluated as in a fresh pair
 };
 
 namespace adl {
