@@ -37,6 +37,8 @@ double checked_scale(double epsilon) {
     return epsilon;
 }
 
+} // namespace
+
 // The ε in force: the bundle's, or the one that was asked for.
 double chosen_epsilon(double bundles, double asked_for, bool is_adapter) {
     checked_positive("epsilon", bundles);
@@ -49,18 +51,16 @@ double chosen_epsilon(double bundles, double asked_for, bool is_adapter) {
     return is_adapter ? checked_scale(epsilon) : epsilon;
 }
 
-} // namespace
-
 } // namespace adl
 
 using adl::Error;
 using adl::format;
 
-adl_pair::adl_pair(const adl_llama & table, const adl::Source & source, double eps, double delta, const llama_model * teacher,
-                   const adl_pair_params & params)
-    : llama(table), epsilon(adl::chosen_epsilon(eps, params.epsilon, source.is_adapter)),
-      delta_scale(teacher ? adl::checked_positive("delta_scale", delta) : delta), weights(llama, source, params.model),
-      plus(llama, weights.plus(), params.context), minus(llama, weights.minus(), params.context),
+adl_pair::adl_pair(const adl_llama & table, std::shared_ptr<const adl::Weights> computed_with, double eps, double delta,
+                   const llama_model * teacher, const adl_pair_params & params)
+    : llama(table), epsilon(adl::chosen_epsilon(eps, params.epsilon, computed_with->adapter() != nullptr)),
+      delta_scale(teacher ? adl::checked_positive("delta_scale", delta) : delta), weights(std::move(computed_with)),
+      plus(llama, weights->plus(), params.context), minus(llama, weights->minus(), params.context),
       n_vocab(llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(plus.model.handle))),
       n_shared(teacher ? adl::shared_vocabulary(llama, teacher, plus.model.handle) : 0),
       n_vocab_teacher(teacher ? llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(teacher)) : 0),
@@ -74,7 +74,7 @@ adl_pair::adl_pair(const adl_llama & table, const adl::Source & source, double e
 
 // Sets the adapter's scales where they are not: when the pair is made, at another ε, and after llama.cpp has refused one.
 void adl_pair::attach() {
-    if (weights.adapter() != nullptr && !attached_) {
+    if (weights->adapter() != nullptr && !attached_) {
         scale(plus, epsilon);
         scale(minus, -epsilon);
         attached_ = true;
@@ -82,7 +82,7 @@ void adl_pair::attach() {
 }
 
 void adl_pair::scale(const adl::Proxy & proxy, double value) {
-    llama_adapter_lora * adapter = weights.adapter();
+    llama_adapter_lora * adapter = weights->adapter();
     auto                 factor  = static_cast<float>(value);
     const int32_t        code    = llama.llama_set_adapters_lora(proxy.context, &adapter, 1, &factor);
     if (code != 0) {
@@ -91,7 +91,7 @@ void adl_pair::scale(const adl::Proxy & proxy, double value) {
 }
 
 void adl_pair::set_epsilon(double value) {
-    if (weights.adapter() == nullptr) {
+    if (weights->adapter() == nullptr) {
         throw Error{ADL_ERROR_INPUT, format("epsilon=%g: these halves were written at %g, which cannot be changed; convert to an adapter bundle",
                                             value, epsilon)};
     }
