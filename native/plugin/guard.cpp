@@ -72,20 +72,25 @@ ADL_GUARD void llama_free_model(llama_model * model) {
 // Contexts
 //
 
-ADL_GUARD llama_context * llama_init_from_model(llama_model * model, llama_context_params params) {
+// Declared here without llama.h, whose own declaration has one layout of the parameters.
+namespace {
+
+llama_context * init(llama_model * model, plugin::HostContextParams host) {
     if (model == nullptr) {
-        return real().llama_init_from_model(model, params);
+        return real().init(model, host);
     }
-    Process &  process = Process::get();
-    const Kind kind    = process.kind(model, params);
+    Process &            process = Process::get();
+    llama_context_params params  = real().layout.to_ours(host);
+    const Kind           kind    = process.kind(model, params);
     if (kind != Kind::LEFT_ALONE) {
         if (params.cb_eval != nullptr) {
             plugin::die("the program watches the computation (cb_eval), where unprotected logits pass; it cannot be protected");
         }
         params.samplers   = nullptr; // on the device, before anything is adjusted: the program samples on the CPU
         params.n_samplers = 0;
+        real().layout.to_host(params, host);
     }
-    llama_context * context = real().llama_init_from_model(model, params);
+    llama_context * context = real().init(model, host);
     if (context != nullptr && kind == Kind::PROTECTED) {
         process.made(context, model, params);
     } else if (context != nullptr && kind == Kind::CLOSED) {
@@ -94,8 +99,17 @@ ADL_GUARD llama_context * llama_init_from_model(llama_model * model, llama_conte
     return context;
 }
 
-ADL_GUARD llama_context * llama_new_context_with_model(llama_model * model, llama_context_params params) {
-    return llama_init_from_model(model, params);
+} // namespace
+
+ADL_GUARD llama_context * adl_guarded_init(llama_model * model, plugin::HostContextParams host) __asm__("llama_init_from_model");
+ADL_GUARD llama_context * adl_guarded_new(llama_model * model, plugin::HostContextParams host) __asm__("llama_new_context_with_model");
+
+llama_context * adl_guarded_init(llama_model * model, plugin::HostContextParams host) {
+    return init(model, host);
+}
+
+llama_context * adl_guarded_new(llama_model * model, plugin::HostContextParams host) {
+    return init(model, host);
 }
 
 ADL_GUARD void llama_free(llama_context * context) {

@@ -63,13 +63,40 @@ size_t measured(void * function) {
     return size;
 }
 
-// Padding at a structure's end is not written.
-void check_size(const char * name, void * function, size_t ours, const std::string & path) {
-    const size_t hosts = measured(function);
+[[noreturn]] void refuse(const std::string & path, const char * name, size_t hosts, size_t ours) {
+    die("%s: struct %s has %zu bytes there, and adlocal knows %zu; run `adlocal plugin build --include DIR` with the directory of its "
+        "llama.h", path.c_str(), name, hosts, ours);
+}
+
+// Padding at the end of a structure is not written.
+void check_model_params(void * function, const std::string & path) {
+    const size_t hosts = measured(function), ours = sizeof(llama_model_params);
     if (hosts > ours || hosts + alignof(max_align_t) <= ours) {
-        die("%s: struct %s has about %zu bytes there and %zu here; run `adlocal plugin build --include DIR` with the directory of its "
-            "llama.h", path.c_str(), name, hosts, ours);
+        refuse(path, "llama_model_params", hosts, ours);
     }
+}
+
+// The core's table has our layout: what it calls is translated.
+llama_context_params defaults_in_ours() {
+    return real().layout.to_ours(real().defaults());
+}
+
+llama_context * init_in_ours(llama_model * model, llama_context_params params) {
+    HostContextParams host = real().defaults();
+    real().layout.to_host(params, host);
+    return real().init(model, host);
+}
+
+void translate(Real & r) {
+    auto * const defaults = reinterpret_cast<void *>(r.table.llama_context_default_params);
+    const size_t size     = measured(defaults);
+    if (!Layout::of_size(size, r.layout)) {
+        refuse(r.path, "llama_context_params", size, sizeof(llama_context_params));
+    }
+    r.defaults = reinterpret_cast<HostDefaults>(defaults);
+    r.init     = reinterpret_cast<HostInit>(r.table.llama_init_from_model);
+    r.table.llama_context_default_params = defaults_in_ours;
+    r.table.llama_init_from_model        = init_in_ours;
 }
 
 template <typename Function>
@@ -99,8 +126,8 @@ Real make() {
     if (adl_llama_check(&r.table) != ADL_OK) {
         die("%s: %s", r.path.c_str(), adl_last_error());
     }
-    check_size("llama_context_params", reinterpret_cast<void *>(r.table.llama_context_default_params), sizeof(llama_context_params), r.path);
-    check_size("llama_model_params", reinterpret_cast<void *>(r.table.llama_model_default_params), sizeof(llama_model_params), r.path);
+    check_model_params(reinterpret_cast<void *>(r.table.llama_model_default_params), r.path);
+    translate(r);
     return r;
 }
 

@@ -4,6 +4,7 @@
 
 #include "adlocal.h"
 #include "fates.hpp"
+#include "layout.hpp"
 #include "llama.h"
 
 #include <string>
@@ -20,7 +21,11 @@ struct Real {
     decltype(&::llama_pooling_type)        llama_pooling_type        = nullptr;
     decltype(&::llama_model_has_encoder)   llama_model_has_encoder   = nullptr;
 
-    adl_llama   table = {}; // the core's
+    HostInit     init     = nullptr; // llama_init_from_model and llama_context_default_params, in the host's layout
+    HostDefaults defaults = nullptr;
+    Layout       layout;
+
+    adl_llama   table = {}; // the core's, in ours
     std::string path;       // of the object
 };
 
