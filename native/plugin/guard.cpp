@@ -181,12 +181,16 @@ ADL_GUARD bool llama_batch_ext_add_seq(llama_batch_ext * batch, int32_t i, llama
 }
 
 ADL_GUARD bool llama_batch_ext_set_embd_token(llama_batch_ext * batch, int32_t i, llama_embd embd) {
-    plugin::shadow_of(batch).set_embedding(i);
+    if (embd.data != nullptr) {
+        plugin::shadow_of(batch).set_embedding(i);
+    }
     return real().llama_batch_ext_set_embd_token(batch, i, embd);
 }
 
 ADL_GUARD bool llama_batch_ext_set_embd_state(llama_batch_ext * batch, int32_t i, llama_embd embd) {
-    plugin::shadow_of(batch).set_embedding(i);
+    if (embd.data != nullptr) {
+        plugin::shadow_of(batch).set_embedding(i);
+    }
     return real().llama_batch_ext_set_embd_state(batch, i, embd);
 }
 
