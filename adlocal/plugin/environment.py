@@ -88,6 +88,7 @@ def environment(protection: Protection, before: Mapping[str, str]) -> dict[str, 
         "OBSERVE": "1" if protection.observe else None,
         "PROXY_THREADS": protection.proxy_n_threads,
         "PROXY_N_GPU_LAYERS": protection.proxy_n_gpu_layers,
+        "PID": os.getpid(),  # which the program keeps, and its children have not
         "ALLOW_MODELS": "\n".join(str(path.resolve()) for path in protection.allow_models) or None,
     }
     kept = {name: value for name, value in before.items() if not name.startswith(_PREFIX)}

@@ -104,6 +104,8 @@ Config Config::of_environment() {
 // Process
 //
 
+std::atomic<bool> Process::has_protected_ = false;
+
 Process & Process::get() {
     static Process & process = *new Process; // never destroyed: threads may run on while the program ends
     return process;

@@ -5,6 +5,7 @@
 #include "adlocal.h"
 #include "llama.h"
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -101,7 +102,8 @@ class Process {
     // Whether a context's logits are closed because its model has another vocabulary.
     bool is_closed(const llama_context * context);
 
-    bool has_protected() const { return has_protected_; }
+    // Whether a context was ever protected, in a process that may never have asked for llama.cpp.
+    static bool has_protected() { return has_protected_; }
 
   private:
     Process();
@@ -124,7 +126,7 @@ class Process {
     adl_bundle                                            bundle_ = {};
     llama_model *                                         vocabulary_ = nullptr; // the bundle's, without weights
     adl_pair *                                            first_ = nullptr;      // keeps the pair's weights
-    bool                                                  has_protected_ = false;
+    static std::atomic<bool>                              has_protected_;
 };
 
 template <typename Decode>

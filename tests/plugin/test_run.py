@@ -80,7 +80,9 @@ def test_a_script_that_nobody_changed_is_protected(
     program = [*script(tmp_path, GENERATE), tiny_llama, *PROMPTS]
     assert said(start(program)) == expected[0.0]
     assert said(protected(tiny_bundle, program, "--strength", 0)) == expected[0.0]
-    assert said(protected(tiny_bundle, program, "--strength", STRENGTH)) == expected[STRENGTH]
+    done = protected(tiny_bundle, program, "--strength", STRENGTH)
+    assert said(done) == expected[STRENGTH]
+    assert "adlocal:" not in done.stderr
     assert expected[STRENGTH] != expected[0.0]
     assert said(protected(tiny_bundle, program, "--strength", STRENGTH, "--observe")) == expected[0.0]
 
@@ -268,9 +270,12 @@ def test_the_bundles_own_files_are_left_alone(tiny_bundle: Path, tmp_path: Path)
 
 
 def test_other_programs_are_themselves(tiny_bundle: Path) -> None:
-    """A shell that a server starts, say: silent, and with its own exit status."""
-    done = protected(tiny_bundle, ["/bin/sh", "-c", "echo $0 $1; exit 3", "one", "two"])
-    assert (done.returncode, done.stdout, done.stderr) == (3, "one two\n", "")
+    """With their own exit status. What never made a context is told so when it ends, its children are not."""
+    child = "import subprocess, sys; subprocess.run(['/bin/sh', '-c', '/bin/echo one']); sys.exit(3)"
+    done = protected(tiny_bundle, [sys.executable, "-c", child])
+    assert (done.returncode, done.stdout) == (3, "one\n")
+    (told,) = done.stderr.splitlines()
+    assert told.endswith("made no context of a protected model: nothing of it was protected")
 
 
 def test_a_child_decides_for_itself(
