@@ -127,7 +127,7 @@ class Lockstep:
     def restore(self, seq_id: int, tokens: Sequence[int], n_held: int) -> None:
         """Says that the teacher's sequence was replaced by these tokens, of which the pair holds the first `n_held`."""
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
-        native.check(self._lib.adl_lockstep_restore(self._handle, seq_id, ids, len(tokens), n_held))
+        native.check(self._lib.adl_lockstep_restore(self._handle, seq_id, ids, None, len(tokens), n_held))
 
 
 def _checked(status: int, results: Any) -> Sequence[native.RowResult]:

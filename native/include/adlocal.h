@@ -201,7 +201,13 @@ ADL_NODISCARD ADL_API struct adl_pair * adl_pair_init_from_adapter(
         const struct adl_llama * llama, const char * path_base, const char * path_adapter, double epsilon, double delta_scale,
         const struct llama_model * teacher, struct adl_pair_params params);
 
-// Frees contexts, models and the adapter. NULL is fine.
+// Another pair over the weights of one, for another context of the teacher's, or for another teacher. params.model is not
+// used. Either may be freed first.
+// Returns NULL on failure.
+ADL_NODISCARD ADL_API struct adl_pair * adl_pair_init_from_pair(
+        const struct adl_pair * pair, const struct llama_model * teacher, struct adl_pair_params params);
+
+// Frees contexts, and models and adapter with the last pair over them. NULL is fine.
 ADL_API void adl_pair_free(struct adl_pair * pair);
 
 ADL_API uint32_t adl_pair_n_ctx   (const struct adl_pair * pair); // of each proxy, as llama.cpp rounded it
@@ -416,14 +422,25 @@ ADL_NODISCARD ADL_API int32_t adl_lockstep_memory_seq_cp(
         struct adl_lockstep * lockstep, llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1);
 ADL_API void adl_lockstep_memory_seq_keep(struct adl_lockstep * lockstep, llama_seq_id seq_id);
 
+// Closes the first `n_rows` rows of the teacher's logits: end-of-generation is all that can be sampled from them. For hosts
+// that had the teacher decode with outputs that the lockstep was not told of.
+ADL_API void adl_lockstep_close(const struct adl_lockstep * lockstep, int32_t n_rows);
+
+// The tokens that the teacher's memory holds of a sequence, and their positions: as many as `capacity` allows.
+// Returns how many there are.
+ADL_API size_t adl_lockstep_get_tokens(
+        const struct adl_lockstep * lockstep, llama_seq_id seq_id, llama_token * tokens, llama_pos * pos, size_t capacity);
+
 // How many of a sequence's tokens the pair holds; the others wait.
 ADL_API size_t adl_lockstep_n_held(const struct adl_lockstep * lockstep, llama_seq_id seq_id);
 
-// Says that the host has restored a saved state of the teacher: the sequence now holds these tokens, from position 0 on. The
+// Says that the host has restored a saved state of the teacher: the sequence now holds these tokens at these positions, which
+// rise; NULL: from position 0 on. The
 // pair's memory holds the first `n_held` of them and nothing else, where the host restored that too (and said so with
 // adl_pair_touch); the others are evaluated when they are needed, as if all but the last were of a prompt.
 ADL_NODISCARD ADL_API int32_t adl_lockstep_restore(
-        struct adl_lockstep * lockstep, llama_seq_id seq_id, const llama_token * tokens, size_t n_tokens, size_t n_held);
+        struct adl_lockstep * lockstep, llama_seq_id seq_id, const llama_token * tokens, const llama_pos * pos, size_t n_tokens,
+        size_t n_held);
 
 //
 // Sampler

@@ -228,7 +228,7 @@ void adl_lockstep::roll_back() {
     }
 }
 
-void adl_lockstep::close(int32_t n_rows) noexcept {
+void adl_lockstep::close(int32_t n_rows) const noexcept {
     float * logits = n_rows > 0 ? llama_.llama_get_logits(teacher) : nullptr;
     for (int32_t row = 0; logits != nullptr && row < n_rows; ++row) {
         pair.close_row(logits + static_cast<size_t>(row) * pair.n_vocab_teacher);
@@ -449,6 +449,19 @@ size_t adl_lockstep::n_held(llama_seq_id seq_id) const {
     return found == sequences_.end() || pair.serial() != serial_ ? 0 : found->second.n_held;
 }
 
+size_t adl_lockstep::copy_tokens(llama_seq_id seq_id, llama_token * tokens, llama_pos * pos, size_t capacity) const noexcept {
+    const auto found = sequences_.find(seq_id);
+    if (found == sequences_.end()) {
+        return 0;
+    }
+    const auto & cells = found->second.cells;
+    for (size_t i = 0; i < std::min(capacity, cells.size()); ++i) {
+        tokens[i] = cells[i].token;
+        pos[i]    = cells[i].pos;
+    }
+    return cells.size();
+}
+
 //
 // What waits
 //
@@ -607,11 +620,11 @@ void adl_lockstep::seq_keep(llama_seq_id seq_id) {
     sequences_.emplace(seq_id, std::move(kept));
 }
 
-void adl_lockstep::restore(llama_seq_id seq_id, const llama_token * tokens, size_t n_tokens, size_t n_held) {
+void adl_lockstep::restore(llama_seq_id seq_id, const llama_token * tokens, const llama_pos * pos, size_t n_tokens, size_t n_held) {
     outputs_.clear();
     std::vector<Cell> cells;
     for (size_t i = 0; i < n_tokens; ++i) {
-        cells.push_back({static_cast<llama_pos>(i), tokens[i], i + 1 < n_tokens});
+        cells.push_back({pos ? pos[i] : static_cast<llama_pos>(i), tokens[i], i + 1 < n_tokens});
     }
     if (n_held == 0) {
         notice();

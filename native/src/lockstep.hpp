@@ -67,7 +67,10 @@ struct adl_lockstep {
     bool seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     void seq_cp(llama_seq_id source, llama_seq_id target, llama_pos p0, llama_pos p1);
     void seq_keep(llama_seq_id seq_id);
-    void restore(llama_seq_id seq_id, const llama_token * tokens, size_t n_tokens, size_t n_held);
+    void restore(llama_seq_id seq_id, const llama_token * tokens, const llama_pos * pos, size_t n_tokens, size_t n_held);
+
+    void   close(int32_t n_rows) const noexcept;
+    size_t copy_tokens(llama_seq_id seq_id, llama_token * tokens, llama_pos * pos, size_t capacity) const noexcept;
 
     adl_pair &            pair;
     llama_context * const teacher;
@@ -83,7 +86,6 @@ struct adl_lockstep {
     void            make_room();
     void            commit() noexcept;
     void            roll_back();
-    void            close(int32_t n_rows) noexcept;
     void            look(int32_t row);
     void            evaluate_rows();
     void            evaluate(const std::vector<Wanted> & wanted, size_t n_prompt);

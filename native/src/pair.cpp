@@ -40,6 +40,8 @@ double checked_scale(double epsilon) {
     return epsilon;
 }
 
+} // namespace
+
 // The ε in force: the bundle's, or the one that was asked for.
 double chosen_epsilon(double bundles, double asked_for, bool is_adapter) {
     checked_positive("epsilon", bundles);
@@ -51,6 +53,8 @@ double chosen_epsilon(double bundles, double asked_for, bool is_adapter) {
     const double epsilon = asked_for != 0 ? asked_for : bundles;
     return is_adapter ? checked_scale(epsilon) : epsilon;
 }
+
+namespace {
 
 // Left to choose, llama.cpp takes flash attention, which on a CPU gives a row that depends on the length of the batch that it
 // was evaluated in: a prompt that is cached and a fresh one would not give the same. A quantized V cache cannot do without.
@@ -71,11 +75,11 @@ llama_context_params with_attention(const adl_llama & llama, const adl_pair_para
 using adl::Error;
 using adl::format;
 
-adl_pair::adl_pair(const adl_llama & table, const adl::Source & source, double eps, double delta, const llama_model * teacher,
-                   const adl_pair_params & params)
-    : llama(table), epsilon(adl::chosen_epsilon(eps, params.epsilon, source.is_adapter)),
-      delta_scale(teacher ? adl::checked_positive("delta_scale", delta) : delta), weights(llama, source, params.model),
-      plus(llama, weights.plus(), adl::with_attention(llama, params)), minus(llama, weights.minus(), adl::with_attention(llama, params)),
+adl_pair::adl_pair(const adl_llama & table, std::shared_ptr<const adl::Weights> computed_with, double eps, double delta,
+                   const llama_model * teacher, const adl_pair_params & params)
+    : llama(table), epsilon(adl::chosen_epsilon(eps, params.epsilon, computed_with->adapter() != nullptr)),
+      delta_scale(teacher ? adl::checked_positive("delta_scale", delta) : delta), weights(std::move(computed_with)),
+      plus(llama, weights->plus(), adl::with_attention(llama, params)), minus(llama, weights->minus(), adl::with_attention(llama, params)),
       n_vocab(llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(plus.model.handle))),
       n_shared(teacher ? adl::shared_vocabulary(llama, teacher, plus.model.handle) : 0),
       n_vocab_teacher(teacher ? llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(teacher)) : 0),
@@ -91,7 +95,7 @@ adl_pair::adl_pair(const adl_llama & table, const adl::Source & source, double e
 
 // Sets the adapter's scales where they are not: when the pair is made, at another ε, and after llama.cpp has refused one.
 void adl_pair::attach() {
-    if (weights.adapter() != nullptr && !attached_) {
+    if (weights->adapter() != nullptr && !attached_) {
         scale(plus, epsilon);
         scale(minus, -epsilon);
         attached_ = true;
@@ -99,7 +103,7 @@ void adl_pair::attach() {
 }
 
 void adl_pair::scale(const adl::Proxy & proxy, double value) {
-    llama_adapter_lora * adapter = weights.adapter();
+    llama_adapter_lora * adapter = weights->adapter();
     auto                 factor  = static_cast<float>(value);
     const int32_t        code    = llama.llama_set_adapters_lora(proxy.context, &adapter, 1, &factor);
     if (code != 0) {
@@ -108,7 +112,7 @@ void adl_pair::scale(const adl::Proxy & proxy, double value) {
 }
 
 void adl_pair::set_epsilon(double value) {
-    if (weights.adapter() == nullptr) {
+    if (weights->adapter() == nullptr) {
         throw Error{ADL_ERROR_INPUT, format("epsilon=%g: these halves were written at %g, which cannot be changed; convert to an adapter bundle",
                                             value, epsilon)};
     }

@@ -8,6 +8,7 @@
 #include "proxy.hpp"
 
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -26,13 +27,16 @@ struct Evaluated {
     }
 };
 
+// The ε in force: the bundle's, or the one that was asked for (0: none was).
+double chosen_epsilon(double bundles, double asked_for, bool is_adapter);
+
 } // namespace adl
 
 // What adlocal.h calls a pair. Methods throw adl::Error.
 struct adl_pair {
   public:
-    adl_pair(const adl_llama & llama, const adl::Source & source, double epsilon, double delta_scale, const llama_model * teacher,
-             const adl_pair_params & params);
+    adl_pair(const adl_llama & llama, std::shared_ptr<const adl::Weights> weights, double epsilon, double delta_scale,
+             const llama_model * teacher, const adl_pair_params & params);
 
     // Number of output rows. Whatever fails sticks until clear().
     int32_t decode(const llama_batch & batch);
@@ -84,7 +88,7 @@ struct adl_pair {
     const adl_llama          llama;
     double                   epsilon; // changed by set_epsilon alone
     const double             delta_scale;
-    const adl::Weights       weights;
+    const std::shared_ptr<const adl::Weights> weights; // other pairs may compute with them too
     const adl::Proxy         plus;
     const adl::Proxy         minus;
     const int32_t            n_vocab;         // of the proxies

@@ -641,7 +641,7 @@ TEST(a_restored_state_waits) {
     const Tokens tokens = {models::BOS, 7, 9};
     Batch        batch(tokens);
     CHECK_EQ(llama_decode(step.context, batch.get()), 0); // as llama_state_set_data would leave it
-    CHECK_EQ(adl_lockstep_restore(step.lockstep, 0, tokens.data(), 3, 0), ADL_OK);
+    CHECK_EQ(adl_lockstep_restore(step.lockstep, 0, tokens.data(), nullptr, 3, 0), ADL_OK);
     step.held[0] = tokens;
     CHECK_EQ(step.append(0, {8}, protect(2.0, 0.0)), ADL_OK);
     check_row(step, 0, step.held[0], protect(2.0, 0.0));
