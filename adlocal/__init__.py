@@ -4,10 +4,12 @@ from .bundle import Bundle
 from .bundle.calibration import Calibration
 from .dose import Dose
 from .engine.parallel import ParallelLlama
-from .engine.sequences import Completion, Request, Sampling
+from .engine.scheduler import Scheduler
+from .engine.sequences import Completion, Ended, Failed, Request, Sampled, Sampling
 from .errors import (
     AdlocalError,
     BundleError,
+    BusyError,
     ConversionError,
     InputError,
     ModelError,
@@ -18,6 +20,7 @@ from .errors import (
 )
 from .llama import AntidistillationLlama
 from .pair import ProxyPair
+from .settings import Settings
 
 __version__ = "0.1.0"
 
@@ -26,10 +29,13 @@ __all__ = [
     "AntidistillationLlama",
     "Bundle",
     "BundleError",
+    "BusyError",
     "Calibration",
     "Completion",
     "ConversionError",
     "Dose",
+    "Ended",
+    "Failed",
     "InputError",
     "ModelError",
     "NativeError",
@@ -37,7 +43,10 @@ __all__ = [
     "ProxyError",
     "ProxyPair",
     "Request",
+    "Sampled",
     "Sampling",
+    "Scheduler",
+    "Settings",
     "TraceError",
     "VocabularyError",
     "__version__",
