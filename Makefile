@@ -6,7 +6,7 @@ PARALLEL := $(BIN)/python -m pytest -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo lab check test test-native-sanitize test-native-tsan lint fidelity qualities ends-table bench-gradient \
-	batch-costs proxy-types unified-memory clean
+	batch-costs proxy-types cold-and-cached unified-memory clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -61,6 +61,9 @@ ends-table: setup  ## Print what the treatment of end-of-generation tokens does 
 
 unified-memory: setup  ## Print what decoding some of eight sequences takes, by how their memory is kept (5 minutes)
 	@PYTHONPATH=tests $(BIN)/python -m bench.unified_memory
+
+cold-and-cached: setup  ## Ask SmolLM2 the same again, and print how many texts are the same (30 minutes)
+	@PYTHONPATH=tests $(BIN)/python -m bench.cold_and_cached
 
 bench-gradient: setup  ## Print time and memory of the gradient beside a bare loop of transformers (10 minutes)
 	@PYTHONPATH=tests $(BIN)/python -m bench.gradient_bench

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from llama_cpp.llama_chat_format import Llava15ChatHandler, MTMDChatHandler
 
 from .bundle import Bundle
 from .dose import Dose
-from .engine import prefix
 from .engine.llama_context import LockstepContext
+from .engine.prefix import Prefix, cuts, whole_blocks
 from .errors import InputError, ModelError
 from .llamacpp.gguf import GGUFHeader
 from .llamacpp.model import refusals
@@ -43,12 +43,12 @@ class ProtectedState(LlamaState):
     """What `AntidistillationLlama.save_state` returns: the teacher's state, the pair's, and how rows were adjusted."""
 
     def __init__(
-        self, teacher: LlamaState, pair: PairState, evaluated_with: tuple[Settings, float], canonical: int
+        self, teacher: LlamaState, pair: PairState, evaluated_with: tuple[Settings, float], prefix: Prefix
     ) -> None:
         self.__dict__.update(teacher.__dict__)
         self.pair = pair
         self.evaluated_with = evaluated_with
-        self.canonical = canonical
+        self.prefix = prefix
 
 
 class AntidistillationLlama(SafeLlama):
@@ -130,12 +130,13 @@ class AntidistillationLlama(SafeLlama):
     def _open_pair(self, bundle: Bundle) -> ProxyPair:
         own = self._proxies
         layers, threads = own.proxy_n_gpu_layers, own.proxy_n_threads
+        n_batch = whole_blocks(llama_cpp.llama_n_ubatch(self.ctx))  # so that its batches end where the teacher's do
         return ProxyPair.open(
             bundle,
             teacher=self._model,
             n_ctx=len(self.input_ids),  # as asked for; llama.cpp rounds it up alike for all three
-            n_batch=self.n_batch,
-            n_outputs=self.n_batch if self._logits_all else 1,
+            n_batch=n_batch,
+            n_outputs=n_batch if self._logits_all else 1,
             n_threads=threads or self.n_threads,
             n_threads_batch=threads or self.n_threads_batch,
             n_gpu_layers=self.model_params.n_gpu_layers if layers is None else layers,
@@ -207,20 +208,21 @@ class AntidistillationLlama(SafeLlama):
     def _keep_reusable(self, prompt: Sequence[int]) -> None:
         """Leaves no more of the context than what gives the prompt the rows that a fresh one would."""
         held = self._input_ids.tolist()
-        if held == list(prompt) and not self._requires_eval:
+        n = self._lockstep.prefix.reusable(held, prompt)
+        if n == len(prompt) - 1 and held == list(prompt) and not self._requires_eval:
             return  # the row to sample from is there
-        self.n_tokens = min(self.n_tokens, max(prefix.reusable(held, self._lockstep.canonical, prompt), 0))
+        self.n_tokens = n
         self._requires_eval = True
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """`llama_cpp.Llama.eval`; under protection the last token of a prompt is decoded by itself, see `engine.prefix`."""
+        """`llama_cpp.Llama.eval`. Under protection the last token of a prompt is decoded by itself: `engine.prefix`."""
         with self._locked():
             verifies = self.draft_model is not None and self._has_sampled
             if len(tokens) < 2 or verifies or not self._lockstep.settings.protects:
                 super().eval(tokens)
                 return
             done = 0
-            for size in prefix.cuts(self.n_tokens, len(tokens), self.n_batch):
+            for size in cuts(self.n_tokens, len(tokens), self._lockstep.prefix.n_batch):
                 self._lockstep.wants_rows = self._logits_all or done + size == len(tokens)
                 try:
                     super().eval(tokens[done : done + size])
@@ -270,7 +272,7 @@ class AntidistillationLlama(SafeLlama):
         """Copy of the teacher's and the pair's state, for `load_state`."""
         with self._locked():
             step = self._lockstep
-            return ProtectedState(super().save_state(), step.pair_state(), step.evaluated_with, step.canonical)
+            return ProtectedState(super().save_state(), step.pair_state(), step.evaluated_with, replace(step.prefix))
 
     def load_state(self, state: LlamaState) -> None:
         """Restores a saved state. Rows of scores that were adjusted otherwise, or never, are evaluated again."""
@@ -283,9 +285,9 @@ class AntidistillationLlama(SafeLlama):
             super().load_state(state)
             protected = state if isinstance(state, ProtectedState) else None
             if protected is None:
-                self._lockstep.restored(tokens, None, None, 0)
+                self._lockstep.restored(tokens, None, None, None)
             else:
-                self._lockstep.restored(tokens, protected.pair, protected.evaluated_with, protected.canonical)
+                self._lockstep.restored(tokens, protected.pair, protected.evaluated_with, protected.prefix)
 
     def __getstate__(self) -> dict[str, Any]:
         with self._locked():

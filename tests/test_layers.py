@@ -29,7 +29,7 @@ LAYERS: dict[str, Layers] = {
         ("__main__",),
         ("cli",),
         ("commands",),
-        ("calibrate", ""),  # the package itself: its public names
+        ("calibrate", "plugin", ""),  # the package itself: its public names
         ("llama", "score"),
         ("dose", "traces"),
         ("engine",),

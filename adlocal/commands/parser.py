@@ -31,6 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_generate,
         _add_calibrate,
         _add_score,
+        _add_run,
         _add_bench,
         _add_demo,
     ):
@@ -253,6 +254,26 @@ def _add_score(verbs: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--tokens", action="store_true", help="list every token in the JSON object")
     add_runtime(parser, ctx_size=2048)
+
+
+def _add_run(verbs: Any) -> None:
+    description = "Start a llama.cpp program that nobody changed, under protection (Linux)"
+    example = "adlocal run --bundle bundle/ -- llama-server -m teacher.gguf --parallel 4"
+    parser = _add(verbs, "run", _verb("run"), description, example)
+    add_protection(parser, required=True)
+    parser.add_argument("--epsilon", type=eps, metavar="STEP", help="for an adapter bundle; the bundle's by default")
+    parser.add_argument("--observe", action="store_true", help="evaluate the proxies and change nothing")
+    parser.add_argument("--proxy-threads", type=count, metavar="N", help="the teacher's by default")
+    parser.add_argument("--proxy-gpu-layers", type=int, metavar="N", help="layers of the proxies to offload")
+    parser.add_argument(
+        "--allow-model",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a model of another vocabulary than the bundle's that may generate, unprotected; may be repeated",
+    )
+    parser.add_argument("program", nargs="+", metavar="PROGRAM", help="and its arguments, after --")
 
 
 def _add_bench(verbs: Any) -> None:

@@ -6,7 +6,7 @@ Everything that `Llama` samples from, reports as log-probabilities or verifies d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import llama_cpp
@@ -16,8 +16,8 @@ from ..errors import ProxyError
 from ..llamacpp import native
 from ..pair import PairState, ProxyPair
 from ..settings import Settings
-from . import prefix
 from .lockstep import Lockstep, row_params
+from .prefix import Prefix, whole_blocks
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LockstepContext:
         evaluated_with: the settings that gave `rows`, and the pair's ε at that time.
         full: whether the pair is evaluated for every row, or only where there is a choice to steer.
         wants_rows: whether the next decode is to give rows; not for a prompt that goes on.
-        canonical: how many tokens are in memory as a fresh context would have evaluated them.
+        prefix: how the tokens in memory were evaluated.
     """
 
     # Reads that no adjustment depends on.
@@ -49,7 +49,7 @@ class LockstepContext:
         """Takes an empty teacher's context; the pair's memory is cleared. `full` evaluates the pair for every row."""
         self._teacher, self._pair, self._step = teacher, pair, Lockstep(teacher.ctx, pair)
         self.full, self.wants_rows = full, True
-        self.canonical = 0
+        self.prefix = Prefix(whole_blocks(llama_cpp.llama_n_ubatch(teacher.ctx)))
         self.settings = settings
         self.evaluated_with = self.in_force
         self.tokens: list[int] = []
@@ -103,7 +103,8 @@ class LockstepContext:
         n_held = llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1
         self.tokens[start:] = tokens
         del self.tokens[n_held:]
-        self.canonical = min(prefix.canonical(self.canonical, start, len(tokens)), n_held)
+        self.prefix.decoded(start, len(tokens), protects=self.settings.protects)
+        self.prefix.truncated(n_held)
 
     def stats(self) -> dict[str, int]:
         """Rows, rows with a choice, rows whose Δ was computed, batches of the pair and tokens in them, so far."""
@@ -140,13 +141,15 @@ class LockstepContext:
         removed = self._step.seq_rm(seq_id, p0, p1)
         if removed and max(p0, 0) < len(self.tokens):  # Llama asks before every batch, mostly for nothing
             del self.tokens[max(p0, 0) :]
-            self.rows, self.canonical = [], min(self.canonical, len(self.tokens))
+            self.rows = []
+            self.prefix.truncated(len(self.tokens))
         return removed
 
     def kv_cache_clear(self) -> None:
         """Empties the teacher's memory and the pair's."""
         self._step.clear()
-        self.tokens, self.rows, self.canonical, self._is_restored = [], [], 0, False
+        self.tokens, self.rows, self._is_restored = [], [], False
+        self.prefix.truncated(0)
 
     @property
     def n_held(self) -> int:
@@ -162,7 +165,7 @@ class LockstepContext:
         tokens: list[int],
         pair: PairState | None,
         evaluated_with: tuple[Settings, float] | None,
-        canonical: int,
+        prefix: Prefix | None,
     ) -> None:
         """Says that the teacher's memory was replaced and now holds `tokens`; no row may be sampled until a decode.
 
@@ -170,11 +173,13 @@ class LockstepContext:
             tokens: what it holds.
             pair: the pair's memory of that time, to be restored; None where there was none.
             evaluated_with: how the rows were adjusted that belonged to it; None where they never were.
-            canonical: how many of the tokens a fresh context would have evaluated alike.
+            prefix: how they were evaluated; None where that is not known.
         """
         n_held = 0 if pair is None else self._pair.load_state(pair)
         self._step.restore(0, tokens, n_held)
-        self.tokens, self.rows, self.canonical = list(tokens), [], canonical
+        self.tokens, self.rows = list(tokens), []
+        known = prefix or Prefix(self.prefix.n_batch, usable=len(tokens))
+        self.prefix = replace(known, n_batch=self.prefix.n_batch)
         self._is_restored = bool(tokens) and evaluated_with is not None
         self.evaluated_with = evaluated_with or self.evaluated_with
 

@@ -24,7 +24,7 @@ class DecodeError(RuntimeError):
 
 
 class Lockstep:
-    """`struct adl_lockstep`, which native/include/adlocal.h describes. The teacher's memory is changed through it alone.
+    """`struct adl_lockstep` of native/include/adlocal.h. The teacher's memory is changed through it alone.
 
     Args:
         teacher: llama.cpp's context of the teacher, empty.
@@ -40,10 +40,10 @@ class Lockstep:
         weakref.finalize(self, self._lib.adl_lockstep_free, handle)
 
     def decode(self, batch: Any, rows: Sequence[native.RowParams]) -> Sequence[native.RowResult]:
-        """The teacher's `llama_decode` of a `llama_batch`, and the pair's where a row has a choice; adjusts rows in place.
+        """The teacher's `llama_decode`, and the pair's where a row has a choice; adjusts rows in place.
 
         Args:
-            batch: tokens with positions, sequences and output flags.
+            batch: a `llama_batch` with positions, sequences and output flags.
             rows: an entry for each row that it asks for.
 
         Returns:
@@ -127,7 +127,7 @@ class Lockstep:
     def restore(self, seq_id: int, tokens: Sequence[int], n_held: int) -> None:
         """Says that the teacher's sequence was replaced by these tokens, of which the pair holds the first `n_held`."""
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
-        native.check(self._lib.adl_lockstep_restore(self._handle, seq_id, ids, len(tokens), n_held))
+        native.check(self._lib.adl_lockstep_restore(self._handle, seq_id, ids, None, len(tokens), n_held))
 
 
 def _checked(status: int, results: Any) -> Sequence[native.RowResult]:

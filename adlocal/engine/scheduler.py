@@ -17,7 +17,7 @@ import llama_cpp
 
 from ..errors import BusyError, InputError, ProxyError
 from ..settings import Settings
-from . import prefix
+from .prefix import BLOCK, cuts, whole_blocks
 from .runner import Chunk, Row, Runner
 from .sequences import Completion, Ended, Event, Failed, Request, Sampled, Sampling
 from .slots import Running, Slot, Slots
@@ -58,15 +58,16 @@ class Scheduler:
         sampling: Sampling | None = None,
         max_waiting: int = 1024,
     ) -> None:
-        if runner.n_batch < n_parallel + prefix.BLOCK:
+        if runner.n_batch < n_parallel + BLOCK:
             raise InputError(
-                f"n_batch={runner.n_batch}, n_parallel={n_parallel}: a prompt is read {prefix.BLOCK} tokens at a time "
-                f"beside the sequences; give n_batch={n_parallel + prefix.BLOCK} or more"
+                f"n_batch={runner.n_batch}, n_parallel={n_parallel}: a prompt is read {BLOCK} tokens at a time "
+                f"beside the sequences; give n_batch={n_parallel + BLOCK} or more"
             )
         self.settings, self.sampling, self.max_waiting = settings, sampling or Sampling(), max_waiting
         self.slots = Slots(runner, n_parallel)
         self._runner, self._n_ctx = runner, n_ctx
         self._vocab = llama_cpp.llama_model_get_vocab(runner.context.model.model)
+        self._n_batch = whole_blocks(runner.n_batch)
         self._waiting: deque[tuple[int, Request]] = deque()
         self._cancelled: list[Ended] = []
         self._n_submitted = 0
@@ -210,10 +211,10 @@ class Scheduler:
         return parts
 
     def _part(self, slot: Slot, running: Running, room: int) -> int:
-        """How much of a prompt is read next: batches begin at multiples of `prefix.BLOCK`, see there."""
+        """How much of a prompt is read next: batches begin at multiples of `BLOCK`, see `prefix`."""
         start = len(slot.held)
-        n = prefix.cuts(start, len(running.pending), self._runner.n_batch)[0]
-        return n if n <= room else max((start + room) // prefix.BLOCK * prefix.BLOCK - start, 0)
+        n = cuts(start, len(running.pending), self._n_batch)[0]
+        return n if n <= room else max((start + room) // BLOCK * BLOCK - start, 0)
 
     # What comes of it
 

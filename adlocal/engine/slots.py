@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llama_cpp._internals import LlamaSampler
 
 from ..settings import Settings
-from . import prefix
+from .prefix import Prefix, whole_blocks
 from .runner import Chunk, Runner
 from .sequences import Request
 
@@ -36,14 +36,14 @@ class Slot:
     """A sequence, what it holds, and who has it.
 
     Attributes:
-        held: tokens in memory.
-        canonical: how many of them are as a fresh context would have them; see `prefix`.
+        prefix: how the tokens in memory were evaluated.
+        held: these tokens.
         used_at: the decode in which a request last had it.
     """
 
     seq_id: int
+    prefix: Prefix
     held: list[int] = field(default_factory=list)
-    canonical: int = 0
     used_at: int = 0
     running: Running | None = None
 
@@ -58,7 +58,8 @@ class Slots:
     def __init__(self, runner: Runner, n: int) -> None:
         self.shares = runner.can_share()
         self._runner, self._n_decodes = runner, 0
-        self._slots = [Slot(seq_id) for seq_id in range(n)]
+        self._n_batch = whole_blocks(runner.n_batch)
+        self._slots = [Slot(seq_id, Prefix(self._n_batch)) for seq_id in range(n)]
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -81,7 +82,7 @@ class Slots:
         source = max(holders, key=lambda slot: (self._reusable(slot, prompt), -len(slot.held)))
         n = self._reusable(source, prompt)
         readers = [running for _, running in self.running if self.shares and not running.is_read]
-        if any(_gain(reader.request.tokens, prompt) > n for reader in readers):
+        if any(self._gain(reader.request.tokens, prompt) > n for reader in readers):
             return None
         free = [slot for slot in self._slots if slot.running is None]
         oldest = min(free, key=lambda slot: (bool(slot.held), slot.used_at))
@@ -90,9 +91,14 @@ class Slots:
 
     def _reusable(self, slot: Slot, prompt: Sequence[int]) -> int:
         if self.shares:
-            return prefix.reusable(slot.held, slot.canonical, prompt)
+            return slot.prefix.reusable(slot.held, prompt)
         n = len(slot.held)
         return n if n < len(prompt) and list(prompt[:n]) == slot.held else 0
+
+    def _gain(self, other: Sequence[int], prompt: Sequence[int]) -> int:
+        """How many of its tokens a prompt may begin with once another one has been read."""
+        n = len(other) - 1
+        return Prefix(self._n_batch, canonical=n, usable=n).reusable(other, prompt)
 
     def _prepare(self, slot: Slot, source: Slot, n: int) -> int:
         """Has the slot hold the first n tokens of the source and nothing else; returns how many it does hold."""
@@ -102,7 +108,8 @@ class Slots:
             self._runner.forget(slot.seq_id, 0)
             keeps = self._runner.share(source.seq_id, slot.seq_id, n)
         n = n if keeps else 0
-        slot.held, slot.canonical = source.held[:n], min(source.canonical, n)
+        slot.held, slot.prefix = source.held[:n], replace(source.prefix)
+        slot.prefix.truncated(n)
         return n
 
     def note(self, chunks: Sequence[Chunk]) -> None:
@@ -110,7 +117,7 @@ class Slots:
         self._n_decodes += 1
         for chunk in chunks:
             slot, n = self._slots[chunk.seq_id], len(chunk.tokens)
-            slot.canonical = prefix.canonical(slot.canonical, chunk.n_past, n)
+            slot.prefix.decoded(chunk.n_past, n, protects=True)
             slot.held += chunk.tokens
             if slot.running is not None:
                 slot.running.pending = slot.running.pending[n:]
@@ -125,13 +132,9 @@ class Slots:
         """Takes all from who has them, and empties the memory: all is as in a fresh context."""
         for slot in self._slots:
             self.release(slot)
-            slot.held, slot.canonical, slot.used_at = [], 0, 0
+            slot.held, slot.used_at = [], 0
+            slot.prefix.truncated(0)
         self._runner.clear()
-
-
-def _gain(other: Sequence[int], prompt: Sequence[int]) -> int:
-    """How many of its tokens a prompt may begin with once another one has been read."""
-    return prefix.reusable(other, len(other) - 1, prompt)
 
 
 def _is_taken_over(source: Slot, n: int, oldest: Slot) -> bool:

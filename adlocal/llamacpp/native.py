@@ -187,7 +187,10 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "adl_lockstep_memory_seq_rm": (_bool, (_p, _i32, _i32, _i32)),
     "adl_lockstep_memory_seq_cp": (_i32, (_p, _i32, _i32, _i32, _i32)),
     "adl_lockstep_n_held": (ctypes.c_size_t, (_p, _i32)),
-    "adl_lockstep_restore": (_i32, (_p, _i32, ctypes.POINTER(_i32), ctypes.c_size_t, ctypes.c_size_t)),
+    "adl_lockstep_restore": (
+        _i32,
+        (_p, _i32, ctypes.POINTER(_i32), ctypes.POINTER(_i32), ctypes.c_size_t, ctypes.c_size_t),
+    ),
     "adl_sampler_init": (_p, (_p, _f64, _f64)),
     "adl_sampler_set_prefix": (_i32, (_p, ctypes.POINTER(_i32), ctypes.c_size_t)),
     "adl_sampler_error": (_str, (_p,)),

@@ -31,7 +31,6 @@ def load_files(
         AdlocalError: of the kind that the core says, with llama.cpp's reason.
     """
     set_verbose(verbose)
-    _choose_attention(params, n_gpu_layers)
     model_params = llama_cpp.llama_model_default_params()
     model_params.n_gpu_layers = offloaded(n_gpu_layers)
     pair_params = native.sized(native.PairParams, model_params, params, 0, own_epsilon or 0.0)
@@ -44,15 +43,3 @@ def load_files(
         error = native.error()
         raise type(error)(f"{error} ({last_line(log)})" if log else str(error))
     return handle
-
-
-def _choose_attention(params: llama_cpp.llama_context_params, n_gpu_layers: int) -> None:
-    """No flash attention on a CPU, unless it is asked for or the cache's type needs it.
-
-    There a row would depend on how long a batch it was evaluated in, so that a prompt that is cached and a fresh one would
-    not give the same row.
-    """
-    on_cpu, automatic = n_gpu_layers == 0, llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
-    plain = (llama_cpp.GGML_TYPE_F32, llama_cpp.GGML_TYPE_F16)
-    if on_cpu and params.flash_attn_type == automatic and params.type_v in plain:
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED

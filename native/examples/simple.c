@@ -70,23 +70,48 @@ static void print_piece(const struct llama_vocab * vocab, llama_token token) {
     }
 }
 
+static int failed(int32_t status) {
+    const char * words = status < 0 ? adl_last_error() : "there is no room in the teacher's context";
+    fprintf(stderr, "%s\n", status == ADL_ERROR_MEMORY ? "out of memory" : words);
+    return 1;
+}
+
+// adlocal: all of the prompt but its last token, without a row to sample from. A row depends on the batch that it was evaluated
+// in; with the last token by itself it is the same whether the rest is decoded now or was kept from an earlier request.
+static int32_t decode_prompt(struct adl_lockstep * lockstep, llama_token * prompt, int n_prompt) {
+    if (n_prompt == 1) {
+        return ADL_OK;
+    }
+    struct llama_batch batch  = llama_batch_get_one(prompt, n_prompt - 1);
+    int32_t            status = ADL_ERROR_MEMORY;
+    batch.logits              = calloc((size_t) n_prompt, 1);
+    if (batch.logits != NULL) {
+        status = adl_lockstep_decode(lockstep, batch, NULL, 0, NULL);
+    }
+    free(batch.logits);
+    return status;
+}
+
 // The loop that every llama.cpp program has. Returns an exit status.
 static int generate(
         struct llama_context * ctx, struct adl_lockstep * lockstep, struct llama_sampler * chain, llama_token * prompt, int n_prompt,
         const struct options * o) {
     const struct llama_vocab *  vocab  = llama_model_get_vocab(llama_get_model(ctx));
     const struct adl_row_params row    = {o->strength, 0.05, ADL_MODE_PROTECT, false};
-    struct llama_batch          batch  = llama_batch_get_one(prompt, n_prompt);
+    struct llama_batch          batch  = llama_batch_get_one(&prompt[n_prompt - 1], 1);
+    int32_t                     status = decode_prompt(lockstep, prompt, n_prompt);
     double                      dose   = 0, kl = 0;
     int                         n_sampled = 0;
     llama_token                 token;
+    if (status != ADL_OK) {
+        return failed(status);
+    }
 
     for (int i = 0; i < o->n_predict; i++) {
         struct adl_row_result result;
-        const int32_t         status = adl_lockstep_decode(lockstep, batch, &row, 1, &result); // adlocal: in place of llama_decode
+        status = adl_lockstep_decode(lockstep, batch, &row, 1, &result); // adlocal: in place of llama_decode
         if (status != ADL_OK) { // no token without protection
-            fprintf(stderr, "%s\n", status < 0 ? adl_last_error() : "there is no room in the teacher's context");
-            return 1;
+            return failed(status);
         }
         token = llama_sampler_sample(chain, ctx, -1);
         n_sampled++;

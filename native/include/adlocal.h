@@ -168,7 +168,8 @@ enum adl_concurrency {
 struct adl_pair_params {
     size_t                      size;    // sizeof(struct adl_pair_params)
     struct llama_model_params   model;   // for each model
-    struct llama_context_params context; // for each proxy: n_ctx at least the teacher's, n_batch and n_seq_max the teacher's
+    struct llama_context_params context; // for each proxy: n_ctx at least the teacher's, n_batch and n_seq_max the teacher's;
+                                         // flash_attn_type AUTO is off on a CPU, where a row would depend on its batch's length
     enum adl_concurrency        concurrency;
     double                      epsilon; // ε, in units of the weights, where an adapter is to be attached at another than the
                                          // bundle's; 0: the bundle's. Halves have the one that they were written with.
@@ -200,7 +201,13 @@ ADL_NODISCARD ADL_API struct adl_pair * adl_pair_init_from_adapter(
         const struct adl_llama * llama, const char * path_base, const char * path_adapter, double epsilon, double delta_scale,
         const struct llama_model * teacher, struct adl_pair_params params);
 
-// Frees contexts, models and the adapter. NULL is fine.
+// Another pair over the weights of one, for another context of the teacher's, or for another teacher. params.model is not
+// used. Either may be freed first.
+// Returns NULL on failure.
+ADL_NODISCARD ADL_API struct adl_pair * adl_pair_init_from_pair(
+        const struct adl_pair * pair, const struct llama_model * teacher, struct adl_pair_params params);
+
+// Frees contexts, and models and adapter with the last pair over them. NULL is fine.
 ADL_API void adl_pair_free(struct adl_pair * pair);
 
 ADL_API uint32_t adl_pair_n_ctx   (const struct adl_pair * pair); // of each proxy, as llama.cpp rounded it
@@ -300,7 +307,13 @@ ADL_API double adl_pair_dose(struct adl_pair * pair, int32_t row, llama_token to
 
 // The protected step. The teacher decodes first. Where one of its tokens alone passes the guard there is nothing to steer,
 // and the row stays the teacher's, to the bit. Only where a row has a choice is the pair evaluated: until then tokens wait,
-// and all that wait of a sequence are decoded in one batch. Then the row is adjusted in place.
+// and all that wait of a sequence are decoded together: in one batch a prompt, and in one batch what was sampled after it. Then
+// the row is adjusted in place.
+//
+// On a CPU a row depends on the batch that it was evaluated in. So that a prompt that is cached gives the rows of a fresh one, a
+// host decodes all of a prompt but its last token without rows, and then the last one by itself, for its row; and what it keeps
+// of another prompt it cuts at a multiple of 32 tokens. The pair's batches are then those of a fresh prompt as well: tokens
+// that come alone and with a row were sampled, or are a prompt's last, and all others are of prompts.
 //
 //     if (adl_lockstep_decode(lockstep, batch, rows, n_rows, results) != ADL_OK) { ... }
 //
@@ -390,7 +403,7 @@ ADL_API double adl_lockstep_dose(const struct adl_lockstep * lockstep, int32_t r
 // Doses of all tokens that a sequence has from position `pos` on, into `doses` (n_tokens). All but the last have to be
 // decoded; a token comes before them. The pair evaluates them afresh, in batches of as many rows as it was made for:
 // for a trace that is finished, that is one prefill. The last step's rows have no doses after it.
-// Returns ADL_OK, ADL_ERROR_INPUT or ADL_ERROR_PROXY.
+// Returns ADL_OK; ADL_ERROR_INPUT, and nothing is evaluated; ADL_ERROR_PROXY or ADL_ERROR_MEMORY: `doses` is of no use then.
 ADL_NODISCARD ADL_API int32_t adl_lockstep_doses(
         struct adl_lockstep * lockstep, llama_seq_id seq_id, llama_pos pos, const llama_token * tokens, size_t n_tokens,
         double * doses);
@@ -409,14 +422,25 @@ ADL_NODISCARD ADL_API int32_t adl_lockstep_memory_seq_cp(
         struct adl_lockstep * lockstep, llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1);
 ADL_API void adl_lockstep_memory_seq_keep(struct adl_lockstep * lockstep, llama_seq_id seq_id);
 
+// Closes the first `n_rows` rows of the teacher's logits: end-of-generation is all that can be sampled from them. For hosts
+// that had the teacher decode with outputs that the lockstep was not told of.
+ADL_API void adl_lockstep_close(const struct adl_lockstep * lockstep, int32_t n_rows);
+
+// The tokens that the teacher's memory holds of a sequence, and their positions: as many as `capacity` allows.
+// Returns how many there are.
+ADL_API size_t adl_lockstep_get_tokens(
+        const struct adl_lockstep * lockstep, llama_seq_id seq_id, llama_token * tokens, llama_pos * pos, size_t capacity);
+
 // How many of a sequence's tokens the pair holds; the others wait.
 ADL_API size_t adl_lockstep_n_held(const struct adl_lockstep * lockstep, llama_seq_id seq_id);
 
-// Says that the host has restored a saved state of the teacher: the sequence now holds these tokens, from position 0 on. The
+// Says that the host has restored a saved state of the teacher: the sequence now holds these tokens at these positions, which
+// rise; NULL: from position 0 on. The
 // pair's memory holds the first `n_held` of them and nothing else, where the host restored that too (and said so with
-// adl_pair_touch); the others are evaluated when they are needed.
+// adl_pair_touch); the others are evaluated when they are needed, as if all but the last were of a prompt.
 ADL_NODISCARD ADL_API int32_t adl_lockstep_restore(
-        struct adl_lockstep * lockstep, llama_seq_id seq_id, const llama_token * tokens, size_t n_tokens, size_t n_held);
+        struct adl_lockstep * lockstep, llama_seq_id seq_id, const llama_token * tokens, const llama_pos * pos, size_t n_tokens,
+        size_t n_held);
 
 //
 // Sampler
@@ -432,7 +456,8 @@ ADL_NODISCARD ADL_API int32_t adl_lockstep_restore(
 //
 // Where at least two of the candidates that are left pass the guard, it evaluates the proxies on the prefix and the accepted
 // tokens, and adjusts. Where at most one does, the candidates stay as they are, to the bit, and the tokens wait: they are
-// decoded together when a position has a choice. It evaluates once a position: applied again without an accept (grammar
+// decoded together when a position has a choice, those of the prompt but the last in a batch of their own (see the lockstep:
+// a host decodes them so, too). It evaluates once a position: applied again without an accept (grammar
 // resampling) it uses what it has. Candidates are told by their id, so others may have been dropped or sorted before; the
 // guard and the kept mass are then those of what is left. At strength 0 it evaluates for the dose, and changes nothing.
 //

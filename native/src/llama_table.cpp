@@ -2,7 +2,9 @@
 
 #include "error.hpp"
 
+#include <algorithm>
 #include <cstring>
+#include <iterator>
 
 namespace adl {
 
@@ -23,6 +25,17 @@ void check_size(const char * name, size_t host, size_t ours) {
                            "compile adlocal against the host's llama.h",
                            name, host, ours, ADL_LLAMA_VERSION)};
     }
+}
+
+// Versions whose llama.h agrees in all that is used here: a library for one of them serves the others.
+constexpr const char * ALIKE[] = {"0.5.0-dev", "0.6.0-dev"};
+
+bool is_alike(const char * version) {
+    return std::any_of(std::begin(ALIKE), std::end(ALIKE), [&](const char * each) { return std::strcmp(each, version) == 0; });
+}
+
+bool fits(const char * version) {
+    return version != nullptr && (std::strcmp(version, ADL_LLAMA_VERSION) == 0 || (is_alike(version) && is_alike(ADL_LLAMA_VERSION)));
 }
 
 void check_pointer(const char * name, bool missing) {
@@ -46,7 +59,7 @@ void check(const adl_llama * llama) {
 #define CHECK_POINTER(result, name, arguments) check_pointer(#name, llama->name == nullptr);
     ADL_LLAMA_FUNCTIONS(CHECK_POINTER)
     const char * version = llama->llama_version();
-    if (version == nullptr || std::strcmp(version, ADL_LLAMA_VERSION) != 0) {
+    if (!fits(version)) {
         throw Error{ADL_ERROR_LLAMA,
                     format("the host's llama.cpp is %s, and adlocal was compiled for %s; compile adlocal against the host's llama.h",
                            version ? version : "of no version", ADL_LLAMA_VERSION)};

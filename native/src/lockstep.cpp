@@ -37,6 +37,13 @@ void check_params(const adl_row_params & params) {
     adl::check_strength(params.strength, params.guard);
 }
 
+void check_tokens(const llama_token * tokens, size_t n, int32_t n_vocab) {
+    const auto bad = std::find_if(tokens, tokens + n, [n_vocab](llama_token token) { return token < 0 || token >= n_vocab; });
+    if (bad != tokens + n) {
+        throw Error{ADL_ERROR_INPUT, format("token %d is none of the teacher's %d", *bad, n_vocab)};
+    }
+}
+
 void check_dose(double dose) {
     if (!std::isfinite(dose)) {
         throw Error{ADL_ERROR_PROXY, format("a token's dose is %g: the proxies' logits are not numbers; no text is emitted", dose)};
@@ -49,12 +56,11 @@ size_t at_position(const std::vector<Cell> & cells, llama_pos pos) {
     return static_cast<size_t>(found - cells.begin());
 }
 
-// The end of the prompt among the cells from `first` to `last`: the first one that the teacher decoded by itself after one
-// that it did not.
-size_t end_of_prompt(const std::vector<Cell> & cells, size_t first, size_t last) {
-    size_t end = first;
-    for (size_t i = first; i < last; ++i) {
-        end = cells[i].in_company ? i + 1 : end;
+// Where the prompt ends among the cells that wait from `first` on; `first` where none of them is of a prompt.
+size_t end_of_prompt(const std::vector<Cell> & cells, size_t first) {
+    size_t end = cells.size();
+    while (end > first && !cells[end - 1].in_prompt) {
+        --end;
     }
     return end;
 }
@@ -63,7 +69,7 @@ size_t end_of_prompt(const std::vector<Cell> & cells, size_t first, size_t last)
 
 adl_lockstep::adl_lockstep(adl_pair & p, llama_context * context, const adl_lockstep_params & params)
     : pair(p), teacher(context), llama_(p.llama), memory_(llama_.llama_get_memory(context)), full_(params.full),
-      n_batch_(p.n_batch()), n_outputs_max_(p.n_outputs_max()), serial_(p.serial()) {
+      n_batch_(p.n_ubatch()), n_outputs_max_(p.n_outputs_max()), serial_(p.serial()) {
     if (memory_ == nullptr) {
         throw Error{ADL_ERROR_INPUT, "the teacher's context has no memory: embedding models write no text; give a decoder-only model"};
     }
@@ -126,17 +132,17 @@ void adl_lockstep::resolve(const llama_batch & batch) {
         known->second    = entry.pos + 1;
         step_.push_back(std::move(entry));
     }
-    note_company();
+    note_prompts();
 }
 
-// Which tokens are not alone of their sequence.
-void adl_lockstep::note_company() {
+// A token that is sampled from is decoded by itself, for its row; a prompt's come with others, or without a row.
+void adl_lockstep::note_prompts() {
     std::map<llama_seq_id, int> count;
     for (const Entry & entry : step_) {
         ++count[entry.seq_ids[0]];
     }
     for (Entry & entry : step_) {
-        entry.in_company = count[entry.seq_ids[0]] > 1;
+        entry.in_prompt = count[entry.seq_ids[0]] > 1 || !entry.output;
     }
 }
 
@@ -200,7 +206,7 @@ void adl_lockstep::end(int32_t status) {
 void adl_lockstep::commit() noexcept {
     for (const Entry & entry : step_) {
         for (const llama_seq_id seq_id : entry.seq_ids) {
-            sequence(seq_id).cells.push_back({entry.pos, entry.token, entry.in_company});
+            sequence(seq_id).cells.push_back({entry.pos, entry.token, entry.in_prompt});
         }
         if (entry.output) {
             const llama_seq_id seq_id = entry.seq_ids[0];
@@ -222,7 +228,7 @@ void adl_lockstep::roll_back() {
     }
 }
 
-void adl_lockstep::close(int32_t n_rows) noexcept {
+void adl_lockstep::close(int32_t n_rows) const noexcept {
     float * logits = n_rows > 0 ? llama_.llama_get_logits(teacher) : nullptr;
     for (int32_t row = 0; logits != nullptr && row < n_rows; ++row) {
         pair.close_row(logits + static_cast<size_t>(row) * pair.n_vocab_teacher);
@@ -261,9 +267,8 @@ void adl_lockstep::evaluate_rows() {
     std::vector<Wanted> prompts, wanted;
     for (const auto & [seq_id, of] : rows) {
         const Sequence & s     = sequence(seq_id);
-        const size_t     last  = of.rbegin()->first;
-        const size_t     alone = end_of_prompt(s.cells, s.n_held, last + 1);
-        for (size_t i = s.n_held; i <= last; ++i) {
+        const size_t     alone = end_of_prompt(s.cells, s.n_held), end = std::max(alone, of.rbegin()->first + 1);
+        for (size_t i = s.n_held; i < end; ++i) { // a prompt to its end, whichever of its rows have a choice
             const auto found = of.find(i);
             (i < alone ? prompts : wanted).push_back({seq_id, s.cells[i], found == of.end() ? -1 : found->second});
         }
@@ -273,9 +278,10 @@ void adl_lockstep::evaluate_rows() {
     evaluate(prompts, n_prompt);
 }
 
-// How many of the tokens go into one batch. On kernels that round activations a row depends on the batch that it was
-// evaluated in, and a prompt that is cached has to give the rows of a fresh one: so its last token, which is the first to be
-// evaluated from a cache, is not batched with those before it, and batches begin where a fresh one would.
+// How many of the tokens from `first` on go into one batch, the first `n_prompt` being of prompts. On CPU kernels a row depends on
+// the batch that it was evaluated in, and a prompt that is cached has to give the rows of a fresh one: so its last token,
+// which is the first to be evaluated from a cache, is not batched with those before it, and batches begin where llama.cpp
+// would cut a fresh one.
 size_t adl_lockstep::batch_size(const std::vector<Wanted> & wanted, size_t first, size_t n_prompt) const {
     const size_t end = std::min(first < n_prompt ? n_prompt : wanted.size(), first + n_batch_);
     size_t       n_rows = wanted[first].row >= 0, i = first + 1;
@@ -401,22 +407,28 @@ const float * adl_lockstep::logits(int32_t row, adl_sign sign) const noexcept {
 
 // The rows before the tokens are evaluated afresh, in batches of as many as the pair has room for.
 void adl_lockstep::doses(llama_seq_id seq_id, llama_pos pos, const llama_token * tokens, size_t n_tokens, double * out) {
-    outputs_.clear();
-    notice();
     const Sequence & s     = sequence(seq_id);
     const size_t     first = at_position(s.cells, pos);
-    if (first == 0 || first + n_tokens > s.cells.size() + 1) {
+    const llama_pos  there = first < s.cells.size() ? s.cells[first].pos : last_known(seq_id) + 1;
+    if (first == 0 || pos != there || first + n_tokens > s.cells.size() + 1) {
         throw Error{ADL_ERROR_INPUT, format("%zu tokens from position %d on: sequence %d holds %zu; all but the last have to be decoded, and "
                                             "one before them", n_tokens, pos, seq_id, s.cells.size())};
     }
+    check_tokens(tokens, n_tokens, pair.n_vocab_teacher);
+    outputs_.clear();
+    if (n_tokens == 0) {
+        return;
+    }
+    notice();
     hold_only(seq_id, first - 1);
+    const size_t        n_before = first - 1 - s.n_held;
     std::vector<Wanted> wanted;
     for (size_t i = s.n_held; i + 1 < first + n_tokens; ++i) {
         wanted.push_back({seq_id, s.cells[i], i + 1 < first ? -1 : static_cast<int32_t>(i + 1 - first)});
     }
     try {
         for (size_t done = 0, n = 0; done < wanted.size(); done += n) {
-            n = batch_size(wanted, done, first - 1 > s.n_held ? first - 1 - s.n_held : 0);
+            n = batch_size(wanted, done, n_before);
             decode_batch(&wanted[done], n);
             int32_t pair_row = 0;
             for (size_t i = done; i < done + n; ++i) {
@@ -437,25 +449,45 @@ size_t adl_lockstep::n_held(llama_seq_id seq_id) const {
     return found == sequences_.end() || pair.serial() != serial_ ? 0 : found->second.n_held;
 }
 
+size_t adl_lockstep::copy_tokens(llama_seq_id seq_id, llama_token * tokens, llama_pos * pos, size_t capacity) const noexcept {
+    const auto found = sequences_.find(seq_id);
+    if (found == sequences_.end()) {
+        return 0;
+    }
+    const auto & cells = found->second.cells;
+    for (size_t i = 0; i < std::min(capacity, cells.size()); ++i) {
+        tokens[i] = cells[i].token;
+        pos[i]    = cells[i].pos;
+    }
+    return cells.size();
+}
+
 //
 // What waits
 //
 
-// Evaluates all that waits of a sequence, without rows.
-void adl_lockstep::catch_up(llama_seq_id seq_id) {
-    const Sequence &    s = sequence(seq_id);
+// Evaluates what waits of a sequence, up to a cell, without rows.
+void adl_lockstep::catch_up(llama_seq_id seq_id, size_t end) {
+    const Sequence &    s        = sequence(seq_id);
+    const size_t        n_prompt = end_of_prompt(s.cells, s.n_held) - s.n_held;
     std::vector<Wanted> wanted;
-    for (size_t i = s.n_held; i < s.cells.size(); ++i) {
+    for (size_t i = s.n_held; i < end; ++i) {
         wanted.push_back({seq_id, s.cells[i], -1});
     }
-    evaluate(wanted, end_of_prompt(s.cells, s.n_held, s.cells.size()) - s.n_held);
+    evaluate(wanted, n_prompt);
 }
 
-// A long prompt is evaluated as it comes, so that it does not stall the others when it is needed.
+void adl_lockstep::catch_up(llama_seq_id seq_id) {
+    catch_up(seq_id, sequence(seq_id).cells.size());
+}
+
+// A long prompt is evaluated as it comes, so that it does not stall the others when it is needed. What was sampled after it
+// goes on waiting, as it does after a prompt that was cached.
 void adl_lockstep::catch_up_long() {
     for (auto & [seq_id, s] : sequences_) {
         if (s.steered && s.cells.size() - s.n_held > n_batch_) {
-            catch_up(seq_id);
+            const size_t end = end_of_prompt(s.cells, s.n_held);
+            catch_up(seq_id, end > s.n_held ? end : s.cells.size());
         }
     }
 }
@@ -588,11 +620,11 @@ void adl_lockstep::seq_keep(llama_seq_id seq_id) {
     sequences_.emplace(seq_id, std::move(kept));
 }
 
-void adl_lockstep::restore(llama_seq_id seq_id, const llama_token * tokens, size_t n_tokens, size_t n_held) {
+void adl_lockstep::restore(llama_seq_id seq_id, const llama_token * tokens, const llama_pos * pos, size_t n_tokens, size_t n_held) {
     outputs_.clear();
     std::vector<Cell> cells;
     for (size_t i = 0; i < n_tokens; ++i) {
-        cells.push_back({static_cast<llama_pos>(i), tokens[i], i + 1 < n_tokens});
+        cells.push_back({pos ? pos[i] : static_cast<llama_pos>(i), tokens[i], i + 1 < n_tokens});
     }
     if (n_held == 0) {
         notice();

@@ -15,7 +15,7 @@ namespace adl {
 struct Cell {
     llama_pos   pos;
     llama_token token;
-    bool        in_company; // the teacher decoded others of its sequence in the same batch: a prompt, say
+    bool        in_prompt; // it was not sampled
 };
 
 // What the teacher's memory holds of one sequence, by position. The pair's holds the first `n_held`; the others wait.
@@ -33,7 +33,7 @@ struct Entry {
     llama_pos                 pos;
     std::vector<llama_seq_id> seq_ids;
     bool                      output;
-    bool                      in_company; // see Cell
+    bool                      in_prompt;
 };
 
 // A row of the teacher's last decode.
@@ -67,7 +67,10 @@ struct adl_lockstep {
     bool seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     void seq_cp(llama_seq_id source, llama_seq_id target, llama_pos p0, llama_pos p1);
     void seq_keep(llama_seq_id seq_id);
-    void restore(llama_seq_id seq_id, const llama_token * tokens, size_t n_tokens, size_t n_held);
+    void restore(llama_seq_id seq_id, const llama_token * tokens, const llama_pos * pos, size_t n_tokens, size_t n_held);
+
+    void   close(int32_t n_rows) const noexcept;
+    size_t copy_tokens(llama_seq_id seq_id, llama_token * tokens, llama_pos * pos, size_t capacity) const noexcept;
 
     adl_pair &            pair;
     llama_context * const teacher;
@@ -77,13 +80,12 @@ struct adl_lockstep {
 
     adl::Sequence & sequence(llama_seq_id seq_id) { return sequences_[seq_id]; }
     void            resolve(const llama_batch & batch);
-    void            note_company();
+    void            note_prompts();
     llama_pos       last_known(llama_seq_id seq_id) const;
     void            check_positions() const;
     void            make_room();
     void            commit() noexcept;
     void            roll_back();
-    void            close(int32_t n_rows) noexcept;
     void            look(int32_t row);
     void            evaluate_rows();
     void            evaluate(const std::vector<Wanted> & wanted, size_t n_prompt);
@@ -93,6 +95,7 @@ struct adl_lockstep {
     void            decode_batch(const Wanted * wanted, size_t n);
     void            finish(adl::Output & output, int32_t row, int32_t pair_row);
     void            fail(adl::Output & output, int32_t row, const adl::Error & error);
+    void            catch_up(llama_seq_id seq_id, size_t end);
     void            catch_up(llama_seq_id seq_id);
     void            hold_only(llama_seq_id seq_id, size_t n);
     void            catch_up_long();
@@ -107,7 +110,7 @@ struct adl_lockstep {
     const adl_llama &                     llama_;
     const llama_memory_t                  memory_; // the teacher's
     const bool                            full_;
-    const size_t                          n_batch_;
+    const size_t                          n_batch_; // most tokens that the pair evaluates in one go
     const size_t                          n_outputs_max_;
     std::map<llama_seq_id, adl::Sequence> sequences_;
     std::vector<adl::Entry>               step_;

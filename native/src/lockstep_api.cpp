@@ -118,16 +118,26 @@ void adl_lockstep_memory_seq_keep(struct adl_lockstep * lockstep, llama_seq_id s
     adl::guarded<int>(0, [&] { lockstep->seq_keep(seq_id); return 0; });
 }
 
+void adl_lockstep_close(const struct adl_lockstep * lockstep, int32_t n_rows) {
+    lockstep->close(n_rows);
+}
+
+size_t adl_lockstep_get_tokens(
+        const struct adl_lockstep * lockstep, llama_seq_id seq_id, llama_token * tokens, llama_pos * pos, size_t capacity) {
+    return lockstep->copy_tokens(seq_id, tokens, pos, capacity);
+}
+
 size_t adl_lockstep_n_held(const struct adl_lockstep * lockstep, llama_seq_id seq_id) {
     return lockstep->n_held(seq_id);
 }
 
 int32_t adl_lockstep_restore(
-        struct adl_lockstep * lockstep, llama_seq_id seq_id, const llama_token * tokens, size_t n_tokens, size_t n_held) {
+        struct adl_lockstep * lockstep, llama_seq_id seq_id, const llama_token * tokens, const llama_pos * pos, size_t n_tokens,
+        size_t n_held) {
     return with(lockstep, [&] {
         if (tokens == nullptr && n_tokens > 0) {
             throw Error{ADL_ERROR_INPUT, "adl_lockstep_restore: tokens is NULL"};
         }
-        lockstep->restore(seq_id, tokens, n_tokens, n_held);
+        lockstep->restore(seq_id, tokens, pos, n_tokens, n_held);
     });
 }

@@ -14,6 +14,9 @@ namespace adl {
 
 namespace {
 
+// Tokens. The blocks in which kernels take rows are powers of two up to 16.
+constexpr size_t BLOCK = 32;
+
 int32_t n_outputs(const llama_batch & batch) {
     if (batch.logits == nullptr) {
         return 1; // llama.h: only the last token is output
@@ -37,6 +40,8 @@ double checked_scale(double epsilon) {
     return epsilon;
 }
 
+} // namespace
+
 // The ε in force: the bundle's, or the one that was asked for.
 double chosen_epsilon(double bundles, double asked_for, bool is_adapter) {
     checked_positive("epsilon", bundles);
@@ -49,6 +54,20 @@ double chosen_epsilon(double bundles, double asked_for, bool is_adapter) {
     return is_adapter ? checked_scale(epsilon) : epsilon;
 }
 
+namespace {
+
+// Left to choose, llama.cpp takes flash attention, which on a CPU gives a row that depends on the length of the batch that it
+// was evaluated in: a prompt that is cached and a fresh one would not give the same. A quantized V cache cannot do without.
+llama_context_params with_attention(const adl_llama & llama, const adl_pair_params & params) {
+    llama_context_params context = params.context;
+    const bool           on_cpu  = params.model.n_gpu_layers == 0 || !llama.llama_supports_gpu_offload();
+    const bool           is_free = context.type_v == GGML_TYPE_F32 || context.type_v == GGML_TYPE_F16;
+    if (on_cpu && is_free && context.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_AUTO) {
+        context.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    }
+    return context;
+}
+
 } // namespace
 
 } // namespace adl
@@ -56,17 +75,18 @@ double chosen_epsilon(double bundles, double asked_for, bool is_adapter) {
 using adl::Error;
 using adl::format;
 
-adl_pair::adl_pair(const adl_llama & table, const adl::Source & source, double eps, double delta, const llama_model * teacher,
-                   const adl_pair_params & params)
-    : llama(table), epsilon(adl::chosen_epsilon(eps, params.epsilon, source.is_adapter)),
-      delta_scale(teacher ? adl::checked_positive("delta_scale", delta) : delta), weights(llama, source, params.model),
-      plus(llama, weights.plus(), params.context), minus(llama, weights.minus(), params.context),
+adl_pair::adl_pair(const adl_llama & table, std::shared_ptr<const adl::Weights> computed_with, double eps, double delta,
+                   const llama_model * teacher, const adl_pair_params & params)
+    : llama(table), epsilon(adl::chosen_epsilon(eps, params.epsilon, computed_with->adapter() != nullptr)),
+      delta_scale(teacher ? adl::checked_positive("delta_scale", delta) : delta), weights(std::move(computed_with)),
+      plus(llama, weights->plus(), adl::with_attention(llama, params)), minus(llama, weights->minus(), adl::with_attention(llama, params)),
       n_vocab(llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(plus.model.handle))),
       n_shared(teacher ? adl::shared_vocabulary(llama, teacher, plus.model.handle) : 0),
       n_vocab_teacher(teacher ? llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(teacher)) : 0),
       teacher_ends(teacher ? adl::end_tokens(llama, llama.llama_model_get_vocab(teacher)) : std::vector<llama_token>()),
-      n_batch_(static_cast<int32_t>(llama.llama_n_batch(plus.context))), n_ctx_train_(llama.llama_model_n_ctx_train(plus.model.handle)),
-      n_swa_(llama.llama_model_n_swa(plus.model.handle)),
+      n_batch_(static_cast<int32_t>(llama.llama_n_batch(plus.context))),
+      n_ubatch_(params.context.n_ubatch ? std::min(n_batch_, static_cast<int32_t>(params.context.n_ubatch)) : n_batch_),
+      n_ctx_train_(llama.llama_model_n_ctx_train(plus.model.handle)), n_swa_(llama.llama_model_n_swa(plus.model.handle)),
       is_shared_(llama.llama_n_ctx(plus.context) > static_cast<uint32_t>(n_ctx_train_)),
       n_outputs_max_(params.context.n_outputs_max ? static_cast<int32_t>(params.context.n_outputs_max) : n_batch_),
       concurrency_(llama, params, plus.context, minus.context) {
@@ -75,7 +95,7 @@ adl_pair::adl_pair(const adl_llama & table, const adl::Source & source, double e
 
 // Sets the adapter's scales where they are not: when the pair is made, at another ε, and after llama.cpp has refused one.
 void adl_pair::attach() {
-    if (weights.adapter() != nullptr && !attached_) {
+    if (weights->adapter() != nullptr && !attached_) {
         scale(plus, epsilon);
         scale(minus, -epsilon);
         attached_ = true;
@@ -83,7 +103,7 @@ void adl_pair::attach() {
 }
 
 void adl_pair::scale(const adl::Proxy & proxy, double value) {
-    llama_adapter_lora * adapter = weights.adapter();
+    llama_adapter_lora * adapter = weights->adapter();
     auto                 factor  = static_cast<float>(value);
     const int32_t        code    = llama.llama_set_adapters_lora(proxy.context, &adapter, 1, &factor);
     if (code != 0) {
@@ -92,7 +112,7 @@ void adl_pair::scale(const adl::Proxy & proxy, double value) {
 }
 
 void adl_pair::set_epsilon(double value) {
-    if (weights.adapter() == nullptr) {
+    if (weights->adapter() == nullptr) {
         throw Error{ADL_ERROR_INPUT, format("epsilon=%g: these halves were written at %g, which cannot be changed; convert to an adapter bundle",
                                             value, epsilon)};
     }
@@ -182,47 +202,69 @@ void adl_pair::check_code(int32_t code, const char * which) const {
                 format("the proxy at %s could not be evaluated: llama_decode returned %d%s; no token was emitted", which, code, why.c_str())};
 }
 
-void adl_pair::follow(const std::vector<llama_token> & tokens) {
-    for (int32_t done = keep_prefix(tokens), n = static_cast<int32_t>(tokens.size()); done < n;) {
-        const int32_t chunk = std::min(n - done, n_batch_);
-        append(tokens.data() + done, chunk);
+void adl_pair::follow(const std::vector<llama_token> & tokens, size_t n_prompt) {
+    const size_t n = tokens.size(), unit = n_ubatch();
+    for (size_t done = keep_prefix(tokens, n_prompt); done < n;) {
+        const bool   in_prompt = done + 1 < n_prompt;
+        const size_t chunk     = std::min(in_prompt ? n_prompt - 1 : n, (done / unit + 1) * unit) - done;
+        append(tokens.data() + done, chunk, done + chunk == n);
         done += chunk;
+        n_canonical_ = in_prompt && done - chunk == n_canonical_ ? done : n_canonical_;
     }
 }
 
-// Drops what is not a prefix of `tokens`, and at least the last token, whose row is wanted. Returns how many are left.
-int32_t adl_pair::keep_prefix(const std::vector<llama_token> & tokens) {
+// Drops what is of no use for `tokens`, and at least the last one, whose row is wanted. Returns how many are left.
+size_t adl_pair::keep_prefix(const std::vector<llama_token> & tokens, size_t n_prompt) {
     if (*error || !follows_) {
         clear();
     }
     const auto   end  = std::mismatch(tokens_.begin(), tokens_.begin() + std::min(tokens_.size(), tokens.size() - 1), tokens.begin()).first;
-    const size_t keep = end - tokens_.begin();
+    const size_t keep = reusable(end - tokens_.begin(), n_prompt);
     if (keep == tokens_.size()) {
-        return static_cast<int32_t>(keep);
+        return keep;
     }
     if (keep == 0 || !seq_rm(0, static_cast<llama_pos>(keep), -1)) {
         clear(); // recurrent memory cannot forget a part
         return 0;
     }
     tokens_.resize(keep);
-    follows_ = true;
-    return static_cast<int32_t>(keep);
+    n_canonical_ = std::min(n_canonical_, keep);
+    follows_     = true;
+    return keep;
 }
 
-// Decodes tokens that continue sequence 0. The last of them is an output, as in llama-cpp-python.
-void adl_pair::append(const llama_token * tokens, int32_t n) {
+// How many of the tokens in common give the rows that a fresh pair would: all where the prompt is the same, else whole blocks of
+// what was evaluated as a prompt. A prompt that goes on from what was sampled keeps all. adlocal/engine/prefix.py says why.
+size_t adl_pair::reusable(size_t n_common, size_t n_prompt) const {
+    const size_t end = n_prompt > 0 ? n_prompt - 1 : 0, n = std::min(n_common, end);
+    if (n_canonical_ == end && n == end) {
+        return n_common;
+    }
+    if (n >= n_canonical_ + adl::BLOCK) {
+        return n_common;
+    }
+    const size_t unit = n_ubatch(), block = std::min(adl::BLOCK, unit), fresh = std::min(n, n_canonical_);
+    size_t       aligned = fresh - fresh % unit % block;
+    if (end - aligned == 1 && aligned % unit != 0) { // which a fresh pair would not evaluate alone
+        aligned -= block;
+    }
+    return aligned;
+}
+
+// Decodes tokens that continue sequence 0; a row of the last, if any.
+void adl_pair::append(const llama_token * tokens, size_t n, bool output) {
     std::vector<llama_token>    token(tokens, tokens + n);
     std::vector<llama_pos>      pos(n);
     std::vector<int32_t>        n_seq_id(n, 1);
     llama_seq_id                zero = 0;
     std::vector<llama_seq_id *> seq_id(n, &zero);
     std::vector<int8_t>         logits(n, 0);
-    for (int32_t i = 0; i < n; ++i) {
-        pos[i] = static_cast<llama_pos>(tokens_.size()) + i;
+    for (size_t i = 0; i < n; ++i) {
+        pos[i] = static_cast<llama_pos>(tokens_.size() + i);
     }
-    logits.back() = 1;
+    logits.back() = output;
     tokens_.insert(tokens_.end(), tokens, tokens + n);
-    decode({n, token.data(), nullptr, pos.data(), n_seq_id.data(), seq_id.data(), logits.data()});
+    decode({static_cast<int32_t>(n), token.data(), nullptr, pos.data(), n_seq_id.data(), seq_id.data(), logits.data()});
     follows_ = true;
 }
 
@@ -230,7 +272,8 @@ void adl_pair::clear() noexcept {
     llama.llama_memory_clear(plus.memory, true);
     llama.llama_memory_clear(minus.memory, true);
     tokens_.clear();
-    follows_ = true;
+    n_canonical_ = 0;
+    follows_     = true;
     n_rows_  = 0;
     *error   = '\0';
     ++serial_;

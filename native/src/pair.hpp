@@ -8,6 +8,7 @@
 #include "proxy.hpp"
 
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -26,20 +27,25 @@ struct Evaluated {
     }
 };
 
+// The ε in force: the bundle's, or the one that was asked for (0: none was).
+double chosen_epsilon(double bundles, double asked_for, bool is_adapter);
+
 } // namespace adl
 
 // What adlocal.h calls a pair. Methods throw adl::Error.
 struct adl_pair {
   public:
-    adl_pair(const adl_llama & llama, const adl::Source & source, double epsilon, double delta_scale, const llama_model * teacher,
-             const adl_pair_params & params);
+    adl_pair(const adl_llama & llama, std::shared_ptr<const adl::Weights> weights, double epsilon, double delta_scale,
+             const llama_model * teacher, const adl_pair_params & params);
 
     // Number of output rows. Whatever fails sticks until clear().
     int32_t decode(const llama_batch & batch);
 
-    // Makes sequence 0 hold exactly `tokens`, at least one, and evaluates the row that follows them: keeps the common prefix, drops the
-    // rest, decodes what is new. Starts afresh when something else has used the pair, or after an error.
-    void follow(const std::vector<llama_token> & tokens);
+    // Makes sequence 0 hold exactly `tokens`, at least one, and evaluates the row that follows them: keeps of the common prefix
+    // what a fresh pair would have alike, drops the rest, decodes what is new. The first `n_prompt` are a prompt, whose last
+    // token is decoded with what follows it and not with those before it. Starts afresh when something else has used the
+    // pair, or after an error.
+    void follow(const std::vector<llama_token> & tokens, size_t n_prompt);
 
     void clear() noexcept;
     bool seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
@@ -76,13 +82,13 @@ struct adl_pair {
 
     int32_t n_rows() const noexcept { return n_rows_; }
 
-    size_t n_batch() const { return static_cast<size_t>(n_batch_); }
+    size_t n_ubatch() const { return static_cast<size_t>(n_ubatch_); }
     size_t n_outputs_max() const { return static_cast<size_t>(n_outputs_max_); }
 
     const adl_llama          llama;
     double                   epsilon; // changed by set_epsilon alone
     const double             delta_scale;
-    const adl::Weights       weights;
+    const std::shared_ptr<const adl::Weights> weights; // other pairs may compute with them too
     const adl::Proxy         plus;
     const adl::Proxy         minus;
     const int32_t            n_vocab;         // of the proxies
@@ -101,11 +107,13 @@ struct adl_pair {
     void    check(const llama_batch & batch) const;
     void    evaluate(const llama_batch & batch);
     void    check_code(int32_t code, const char * which) const;
-    int32_t keep_prefix(const std::vector<llama_token> & tokens);
-    void    append(const llama_token * tokens, int32_t n);
+    size_t  keep_prefix(const std::vector<llama_token> & tokens, size_t n_prompt);
+    size_t  reusable(size_t n_common, size_t n_prompt) const;
+    void    append(const llama_token * tokens, size_t n, bool output);
     adl::Proxies proxies(int32_t row);
 
     const int32_t            n_batch_;
+    const int32_t            n_ubatch_; // most tokens that llama.cpp evaluates in one go
     const int32_t            n_ctx_train_;
     const int32_t            n_swa_; // tokens of a sliding window, 0 where there is none
     const bool               is_shared_; // a context of more tokens than one sequence may have
@@ -117,6 +125,7 @@ struct adl_pair {
     std::vector<adl_row>     rows_;
     bool                     follows_ = true; // sequence 0 holds exactly tokens_, and there is no other
     std::vector<llama_token> tokens_;
+    size_t                   n_canonical_ = 0; // how many of them were evaluated as in a fresh pair
 };
 
 namespace adl {

@@ -13,14 +13,21 @@ using adl::format;
 
 namespace {
 
-adl_pair * make_pair(const adl_llama * llama, const adl::Source & source, double epsilon, double delta_scale, const llama_model * teacher,
-                     adl_pair_params params) {
-    adl::check_own_size("adl_pair_params", params.size, sizeof params);
+// With room for a row of each sequence.
+adl_pair * make_pair(const adl_llama & llama, std::shared_ptr<const adl::Weights> weights, double epsilon, double delta_scale,
+                     const llama_model * teacher, adl_pair_params params) {
     uint32_t & n_outputs_max = params.context.n_outputs_max;
     if (n_outputs_max != 0) { // llama.cpp ends the process when there are fewer rows than sequences
         n_outputs_max = std::max(n_outputs_max, params.context.n_seq_max);
     }
-    return new adl_pair(*llama, source, epsilon, delta_scale, teacher, params);
+    return new adl_pair(llama, std::move(weights), epsilon, delta_scale, teacher, params);
+}
+
+adl_pair * load_pair(const adl_llama * llama, const adl::Source & source, double epsilon, double delta_scale, const llama_model * teacher,
+                     const adl_pair_params & params) {
+    adl::check_own_size("adl_pair_params", params.size, sizeof params);
+    adl::chosen_epsilon(epsilon, params.epsilon, source.is_adapter); // before any weights are read
+    return make_pair(*llama, std::make_shared<const adl::Weights>(*llama, source, params.model), epsilon, delta_scale, teacher, params);
 }
 
 adl_pair * make_from_files(const char * function, const adl_llama * llama, const char * first, const char * second, bool is_adapter,
@@ -30,7 +37,7 @@ adl_pair * make_from_files(const char * function, const adl_llama * llama, const
         if (first == nullptr || second == nullptr) {
             throw Error{ADL_ERROR_INPUT, format("%s: a path is NULL", function)};
         }
-        return make_pair(llama, {first, second, is_adapter}, epsilon, delta_scale, teacher, params);
+        return load_pair(llama, {first, second, is_adapter}, epsilon, delta_scale, teacher, params);
     });
 }
 
@@ -68,7 +75,7 @@ struct adl_pair * adl_pair_init(
         }
         const adl_bundle  bundle = adl::read_bundle(*llama, dir);
         const adl::Source source = {adl::first_path(dir, bundle.is_adapter), adl::second_path(dir, bundle.is_adapter), bundle.is_adapter};
-        return make_pair(llama, source, bundle.epsilon, bundle.delta_scale, teacher, params);
+        return load_pair(llama, source, bundle.epsilon, bundle.delta_scale, teacher, params);
     });
 }
 
@@ -82,6 +89,16 @@ struct adl_pair * adl_pair_init_from_adapter(
         const struct adl_llama * llama, const char * path_base, const char * path_adapter, double epsilon, double delta_scale,
         const struct llama_model * teacher, struct adl_pair_params params) {
     return make_from_files("adl_pair_init_from_adapter", llama, path_base, path_adapter, true, epsilon, delta_scale, teacher, params);
+}
+
+struct adl_pair * adl_pair_init_from_pair(const struct adl_pair * pair, const struct llama_model * teacher, struct adl_pair_params params) {
+    return adl::guarded<adl_pair *>(nullptr, [&] {
+        adl::check_own_size("adl_pair_params", params.size, sizeof params);
+        if (pair == nullptr || teacher == nullptr) {
+            throw Error{ADL_ERROR_INPUT, "adl_pair_init_from_pair: the pair or the teacher is NULL"};
+        }
+        return make_pair(pair->llama, pair->weights, pair->epsilon, pair->delta_scale, teacher, params);
+    });
 }
 
 void adl_pair_free(struct adl_pair * pair) {

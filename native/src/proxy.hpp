@@ -23,7 +23,7 @@ class Model {
     llama_model * const handle;
 
   private:
-    const adl_llama & llama_;
+    const adl_llama llama_; // a copy: pairs share weights, and any of them may go first
 };
 
 // The files that a pair is made of: plus and minus half, or base and adapter.

@@ -43,22 +43,25 @@ class Sampler {
             throw Error{ADL_ERROR_INPUT, "adl_sampler_set_prefix: tokens is NULL"};
         }
         tokens_.assign(tokens, tokens + n);
+        n_prompt_ = n;
         error_.clear();
     }
 
     void reset() noexcept {
         tokens_.clear();
         evaluated_.reset();
-        applied_ = false;
-        dose_    = {};
+        n_prompt_ = 0;
+        applied_  = false;
+        dose_     = {};
         error_.clear();
     }
 
     void accept(llama_token token) noexcept {
         count(token);
         evaluated_.reset();
-        applied_ = false;
         or_stick([&] { tokens_.push_back(token); });
+        n_prompt_ = applied_ ? n_prompt_ : tokens_.size(); // the host's own
+        applied_  = false;
     }
 
     void apply(llama_token_data_array * candidates) noexcept {
@@ -111,7 +114,7 @@ class Sampler {
             return;
         }
         const std::lock_guard<std::mutex> lock(pair_->mutex);
-        pair_->follow(tokens_);
+        pair_->follow(tokens_, n_prompt_);
         evaluated_ = std::make_shared<Evaluated>(pair_->copy_row(0, pair_->expectation(0)));
     }
 
@@ -222,6 +225,7 @@ class Sampler {
     double                           strength_;
     double                           guard_;
     std::vector<llama_token>         tokens_;
+    size_t                           n_prompt_ = 0; // of them, those up to the last that was not sampled here
     std::shared_ptr<const Evaluated> evaluated_; // at the position after tokens_, where it was needed; clones share it
     bool                             applied_ = false;
     adl_row                          row_     = {}; // of the last apply

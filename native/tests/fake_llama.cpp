@@ -49,6 +49,7 @@ struct llama_context {
     std::vector<float>   rows;
     int                  n_threads, n_threads_batch;
     std::atomic<int>     n_decodes{0}, n_synchronizes{0};
+    std::vector<int32_t> batches = {};
     std::atomic<bool>    in_use{false};
     std::string          adapter = ""; // its path, "" if none is attached
     float                scale = 0;
@@ -455,6 +456,7 @@ std::vector<std::pair<llama_pos, llama_token>> memory(const llama_context * ctx,
 }
 
 int                  n_decodes(const llama_context * ctx) { return ctx->n_decodes; }
+std::vector<int32_t> batches(const llama_context * ctx) { return ctx->batches; }
 int                  n_synchronizes(const llama_context * ctx) { return ctx->n_synchronizes; }
 int                  n_threads(const llama_context * ctx) { return ctx->n_threads; }
 int                  n_threads_batch(const llama_context * ctx) { return ctx->n_threads_batch; }
@@ -737,6 +739,7 @@ int32_t llama_decode(llama_context * ctx, llama_batch batch) {
     Use    use(ctx);
     Decode decode(ctx, batch.n_tokens);
     ++ctx->n_decodes;
+    ctx->batches.push_back(batch.n_tokens);
     take_time();
     return evaluate(ctx, batch, planned_fault(ctx->model->path));
 }

@@ -121,6 +121,7 @@ std::vector<float> logits(const std::string & path, const std::string & adapter,
 std::vector<std::pair<llama_pos, llama_token>> memory(const llama_context * ctx, llama_seq_id seq_id);
 
 int                  n_decodes(const llama_context * ctx);
+std::vector<int32_t> batches(const llama_context * ctx);         // how many tokens each decode had
 int                  n_synchronizes(const llama_context * ctx);
 int                  n_threads(const llama_context * ctx);       // as last set
 int                  n_threads_batch(const llama_context * ctx);

@@ -179,6 +179,16 @@ Host::~Host() {
     llama_model_free(teacher);
 }
 
+std::string batches(const adl_pair * pair, size_t n_before) {
+    const std::vector<int32_t> plus = fake::batches(adl_pair_get_context(pair, ADL_PLUS));
+    CHECK(plus == fake::batches(adl_pair_get_context(pair, ADL_MINUS)));
+    std::string sizes;
+    for (size_t i = n_before; i < plus.size(); ++i) {
+        sizes += (i > n_before ? " " : "") + std::to_string(plus[i]);
+    }
+    return sizes;
+}
+
 bool is_closed(const float * row, int32_t n) {
     const float other = row[BOS];
     bool        closed = other <= -1e6f && std::isfinite(other);

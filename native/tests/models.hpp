@@ -75,6 +75,9 @@ struct Host {
     adl_pair *    pair;
 };
 
+// How many tokens each decode of the pair had, the same in both proxies: "32 5 1". Without the first `n_before`.
+std::string batches(const adl_pair * pair, size_t n_before = 0);
+
 // Does the row hold end-of-generation at 0 and everything else at one logit so low that it has no probability?
 bool is_closed(const float * row, int32_t n = N_TEACHER);
 

@@ -266,6 +266,261 @@ TEST(a_long_prompt_is_evaluated_as_it_comes) {
     check_row(step, 0, step.held[0], protect(1.0, 0.0));
 }
 
+//
+// Batches: those of a prompt that is cached are those of a fresh one
+//
+
+namespace {
+
+adl_row_params always() { return protect(2.0, 0.0); } // has a choice
+adl_row_params never() { return protect(2.0, 1.0); }
+
+Tokens text(size_t n, llama_token seed = 0) {
+    Tokens tokens;
+    for (size_t i = 0; i < n; ++i) {
+        tokens.push_back(static_cast<llama_token>(3 + (i * 7 + static_cast<size_t>(seed)) % 60));
+    }
+    return tokens;
+}
+
+// Decodes a prompt as a host is to: all but the last token in batches of `n_batch`, without rows, then the last.
+void read(Step & step, llama_seq_id seq_id, const Tokens & prompt, adl_row_params row, size_t n_batch = 64) {
+    for (size_t done = step.held[seq_id].size(); done + 1 < prompt.size();) {
+        const size_t end = std::min(prompt.size() - 1, (done / n_batch + 1) * n_batch);
+        Batch        batch;
+        for (; done < end; ++done) {
+            batch.add(prompt[done], static_cast<llama_pos>(done), {seq_id}, false);
+            step.held[seq_id].push_back(prompt[done]);
+        }
+        CHECK_EQ(step.decode(batch, {}), ADL_OK);
+    }
+    CHECK_EQ(step.append(seq_id, {prompt.back()}, row), ADL_OK);
+    check_row(step, 0, prompt, row);
+}
+
+void forget(Step & step, llama_seq_id seq_id, size_t keep) {
+    CHECK(adl_lockstep_memory_seq_rm(step.lockstep, seq_id, static_cast<llama_pos>(keep), -1));
+    step.held[seq_id].resize(keep);
+}
+
+adl_pair_params wide(uint32_t n_batch) {
+    adl_pair_params of = models::params();
+    of.context.n_ctx = 512, of.context.n_batch = n_batch, of.context.kv_unified = true;
+    return of;
+}
+
+} // namespace
+
+TEST(the_last_token_of_a_prompt_is_evaluated_by_itself) {
+    const std::vector<std::pair<size_t, const char *>> cases = {{1, "1"}, {2, "1 1"}, {5, "4 1"}, {32, "31 1"}, {33, "32 1"}, {34, "32 1 1"},
+                                                                {35, "32 2 1"}, {64, "32 31 1"}, {70, "32 32 5 1"}, {130, "32 32 32 32 1 1"}};
+    for (const auto & [n, sizes] : cases) { // the pair's batches are of 32
+        models::install();
+        Step step(false, wide(32));
+        read(step, 0, text(n), always());
+        CHECK_EQ(models::batches(step.pair), sizes);
+    }
+}
+
+TEST(it_is_also_where_the_prompt_waited) {
+    models::install();
+    Step step;
+    read(step, 0, text(20), never());
+    for (llama_token token : {4, 5, 6}) {
+        CHECK_EQ(step.append(0, {token}, never()), ADL_OK);
+    }
+    CHECK_EQ(models::batches(step.pair), "");
+    CHECK_EQ(step.append(0, {7}, always()), ADL_OK);
+    check_row(step, 0, step.held[0], always());
+    CHECK_EQ(models::batches(step.pair), "19 5"); // the last with what was sampled after it
+}
+
+TEST(a_prompt_that_is_cached_goes_on_in_the_batches_of_a_fresh_one) {
+    for (const size_t n : {40, 70, 97, 98, 99, 130}) {
+        for (const size_t n_waiting : {0, 1, 5, 40}) { // rows without a choice, before one that has it
+            models::install();
+            Step         step(false, wide(32));
+            const Tokens prompt = text(n);
+            std::string  fresh;
+            for (int time = 0; time < 3; ++time) {
+                const size_t before = fake::batches(adl_pair_get_context(step.pair, ADL_PLUS)).size();
+                read(step, 0, prompt, n_waiting > 0 ? never() : always());
+                for (size_t i = 1; i <= n_waiting; ++i) {
+                    CHECK_EQ(step.append(0, {8}, i == n_waiting ? always() : never()), ADL_OK);
+                    check_row(step, 0, step.held[0], i == n_waiting ? always() : never());
+                }
+                const std::string sizes = models::batches(step.pair, before);
+                fresh                   = time == 0 ? sizes : fresh;
+                CHECK(sizes.size() <= fresh.size() && sizes == fresh.substr(fresh.size() - sizes.size()));
+                forget(step, 0, time == 0 ? prompt.size() - 1 : 32);
+            }
+        }
+    }
+}
+
+TEST(a_prompt_is_evaluated_to_its_end_whichever_of_its_rows_has_a_choice) {
+    models::install();
+    Step  step;
+    Batch batch;
+    const Tokens prompt = text(20);
+    for (llama_pos pos = 0; pos < 20; ++pos) {
+        batch.add(prompt[pos], pos, {0}, pos == 3 || pos == 9);
+    }
+    CHECK_EQ(step.decode(batch, {always(), never()}), ADL_OK);
+    check_row(step, 0, Tokens(prompt.begin(), prompt.begin() + 4), always());
+    check_row(step, 1, Tokens(prompt.begin(), prompt.begin() + 10), never());
+    CHECK_EQ(models::batches(step.pair), "20");
+}
+
+TEST(batches_are_cut_where_llama_cpp_cuts_those_of_one_sequence) {
+    models::install();
+    adl_pair_params of    = wide(64);
+    of.context.n_ubatch   = 16;
+    Step  step(false, of);
+    Batch batch;
+    for (llama_seq_id seq_id : {0, 1}) {
+        for (llama_pos pos = 0; pos < 20; ++pos) {
+            batch.add(static_cast<llama_token>(3 + pos), pos, {seq_id}, pos == 19);
+        }
+    }
+    CHECK_EQ(step.decode(batch, {always(), always()}), ADL_OK);
+    CHECK_EQ(models::batches(step.pair), "16 16 4 4"); // the other's first tokens fill a batch
+}
+
+//
+// Doses of a text
+//
+
+namespace {
+
+// The doses of a text's tokens from position `first` on, by its rows one by one.
+std::vector<double> expected_doses(const Tokens & tokens, size_t first) {
+    std::vector<double> doses;
+    for (size_t i = first; i < tokens.size(); ++i) {
+        doses.push_back(expected(Tokens(tokens.begin(), tokens.begin() + static_cast<std::ptrdiff_t>(i)), observe()).dose(tokens[i]));
+    }
+    return doses;
+}
+
+int32_t doses(Step & step, llama_seq_id seq_id, size_t first, const Tokens & of, std::vector<double> & found) {
+    found.assign(of.size(), 0.0);
+    return adl_lockstep_doses(step.lockstep, seq_id, static_cast<llama_pos>(first), of.data(), of.size(), found.data());
+}
+
+// The sequence's tokens from `first` on and one that is not decoded, and the next step.
+void check_doses(Step & step, llama_seq_id seq_id, size_t first) {
+    Tokens all = step.held[seq_id];
+    all.push_back(11);
+    std::vector<double> found;
+    CHECK_EQ(doses(step, seq_id, first, Tokens(all.begin() + static_cast<std::ptrdiff_t>(first), all.end()), found), ADL_OK);
+    CHECK(found == expected_doses(all, first));
+    check_no_proxies(step, 0);
+    CHECK_EQ(step.append(seq_id, {11}, always()), ADL_OK);
+    check_row(step, 0, step.held[seq_id], always());
+}
+
+} // namespace
+
+TEST(doses_of_a_text_are_those_of_its_rows_one_by_one) {
+    struct Case {
+        std::string what;
+        uint32_t    n_rows; // 4 is the least that four sequences may have
+        const char * sizes; // of the batches: what comes before the first row's token at once, and as many rows as there is room for
+    };
+    const std::vector<Case> cases = {
+        {"waiting", 4, "49 4 4 4 4 4 4 4 4 4 4 4 2"}, {"held", 4, "4 4 4 4 4 4 4 4 4 4 4 2"}, {"partly", 4, "4 4 4 4 4 4 4 4 4 4 4 2"},
+        {"cached", 4, "4 4 3"},                       {"waiting", 16, "49 16 16 14"},         {"held", 16, "16 16 14"},
+        {"partly", 16, "16 16 14"},                   {"cached", 16, "11"}};
+    for (const auto & [what, n_rows, sizes] : cases) {
+        models::install();
+        adl_pair_params of       = wide(128);
+        of.context.n_outputs_max = n_rows;
+        Step               step(false, of);
+        read(step, 1, text(40, 3), always()); // another sequence, which stays
+        read(step, 0, text(50), what == "held" ? always() : never());
+        for (llama_token i = 0; i < 45; ++i) {
+            const bool choice = what == "held" || (what == "partly" && i == 20);
+            CHECK_EQ(step.append(0, {3 + i}, choice ? always() : never()), ADL_OK);
+        }
+        if (what == "cached") { // and the pair held less of it before
+            CHECK_EQ(step.append(0, {7}, always()), ADL_OK);
+            forget(step, 0, 60);
+        }
+        const size_t before = fake::batches(adl_pair_get_context(step.pair, ADL_PLUS)).size();
+        check_doses(step, 0, 50);
+        CHECK_EQ(models::batches(step.pair, before), std::string(sizes) + " 1"); // and the next step's
+        check_doses(step, 1, 40);
+        check_doses(step, 1, 1); // all but the first
+    }
+}
+
+TEST(doses_in_recurrent_memory) { // which cannot forget a part
+    models::install();
+    for (const char * path : {models::PLUS, models::MINUS}) {
+        fake::file(path).recurrent = true;
+    }
+    Step step(false, wide(32));
+    read(step, 1, text(20, 3), always());
+    read(step, 0, text(100), always());
+    for (llama_token token : {4, 5, 6}) {
+        CHECK_EQ(step.append(0, {token}, always()), ADL_OK);
+    }
+    const size_t before = fake::batches(adl_pair_get_context(step.pair, ADL_PLUS)).size();
+    check_doses(step, 0, 100);
+    CHECK_EQ(models::batches(step.pair, before), "32 32 32 3 4 1");
+    check_doses(step, 1, 20);
+}
+
+TEST(doses_that_a_proxy_fails_to_give) {
+    models::install();
+    Step step;
+    read(step, 0, text(20), always());
+    CHECK_EQ(step.append(0, {4}, always()), ADL_OK);
+    std::vector<double> found;
+    for (const char * which : {models::PLUS, models::MINUS}) {
+        fake::file(which).faults.decode_in = 1;
+        CHECK_EQ(doses(step, 0, 20, {4, 5}, found), ADL_ERROR_PROXY);
+        CHECK_CONTAINS(adl_last_error(), "could not be evaluated");
+        check_no_proxies(step, 0);
+        check_doses(step, 0, 20); // healed
+        fake::file(which).faults.logits[9] = NAN;
+        CHECK_EQ(doses(step, 0, 20, {4, 5}, found), ADL_ERROR_PROXY);
+        CHECK_CONTAINS(adl_last_error(), "not numbers");
+        fake::file(which).faults.logits.clear();
+        check_doses(step, 0, 20);
+    }
+}
+
+TEST(doses_of_what_is_not_there_are_refused) {
+    models::install();
+    Step step;
+    read(step, 0, text(20), always());
+    std::vector<double> found;
+    const int64_t       before = step.stats().n_pair_decodes;
+    CHECK_EQ(doses(step, 0, 0, text(20), found), ADL_ERROR_INPUT); // nothing comes before the first
+    CHECK_EQ(doses(step, 0, 19, {4, 5, 6}, found), ADL_ERROR_INPUT);
+    CHECK_EQ(doses(step, 0, 21, {4}, found), ADL_ERROR_INPUT);
+    CHECK_EQ(doses(step, 2, 1, {4}, found), ADL_ERROR_INPUT);
+    CHECK_CONTAINS(adl_last_error(), "sequence 2 holds 0");
+    const llama_token token = 4;
+    double            dose  = 0;
+    CHECK_EQ(adl_lockstep_doses(step.lockstep, 0, 20, nullptr, 1, &dose), ADL_ERROR_INPUT);
+    CHECK_EQ(adl_lockstep_doses(step.lockstep, 0, 20, &token, 1, nullptr), ADL_ERROR_INPUT);
+    CHECK_EQ(adl_lockstep_doses(nullptr, 0, 20, &token, 1, &dose), ADL_ERROR_INPUT);
+    CHECK_EQ(step.stats().n_pair_decodes, before);
+    CHECK_EQ(adl_lockstep_doses(step.lockstep, 0, 20, nullptr, 0, nullptr), ADL_OK); // none
+    CHECK_EQ(step.stats().n_pair_decodes, before);
+    CHECK_EQ(doses(step, 0, 20, {-1}, found), ADL_ERROR_INPUT);
+    CHECK_EQ(doses(step, 0, 20, {models::N_TEACHER}, found), ADL_ERROR_INPUT);
+    CHECK_EQ(doses(step, 0, 20, {models::N_PROXY}, found), ADL_OK); // the teacher's alone: it has none
+    CHECK_EQ(found[0], 0.0);
+    check_doses(step, 0, 20);
+}
+
+//
+// What a batch may leave out
+//
+
 TEST(null_positions_sequences_and_outputs_are_the_teachers) {
     models::install();
     Step                      step;
@@ -386,7 +641,7 @@ TEST(a_restored_state_waits) {
     const Tokens tokens = {models::BOS, 7, 9};
     Batch        batch(tokens);
     CHECK_EQ(llama_decode(step.context, batch.get()), 0); // as llama_state_set_data would leave it
-    CHECK_EQ(adl_lockstep_restore(step.lockstep, 0, tokens.data(), 3, 0), ADL_OK);
+    CHECK_EQ(adl_lockstep_restore(step.lockstep, 0, tokens.data(), nullptr, 3, 0), ADL_OK);
     step.held[0] = tokens;
     CHECK_EQ(step.append(0, {8}, protect(2.0, 0.0)), ADL_OK);
     check_row(step, 0, step.held[0], protect(2.0, 0.0));

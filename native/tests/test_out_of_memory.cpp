@@ -230,6 +230,41 @@ TEST(a_protected_step) {
     });
 }
 
+// Doses of a text that find no memory are an error, and the next ones are there.
+TEST(doses_of_a_text) {
+    install();
+    adl_pair_params of    = params();
+    of.context.kv_unified = true;
+    for_every_failure([&](int64_t first, bool all) {
+        Host                 host(of);
+        llama_context *      teacher  = llama_init_from_model(host.teacher, of.context);
+        adl_lockstep *       lockstep = adl_lockstep_init(host.pair, teacher, adl_lockstep_default_params());
+        const adl_row_params row      = {2.0, 0.0, ADL_MODE_PROTECT, false};
+        Batch                batch({5, 6, 7, 8});
+        CHECK_EQ(adl_lockstep_decode(lockstep, batch.get(), &row, 1, nullptr), ADL_OK);
+        const Tokens tokens = {7, 8, 9};
+        double       found[3], again[3];
+        int32_t      status;
+        bool         reached;
+        {
+            Plan plan(first, all);
+            status  = adl_lockstep_doses(lockstep, 0, 2, tokens.data(), 3, found);
+            reached = plan.reached();
+        }
+        CHECK(status == ADL_OK || status == ADL_ERROR_MEMORY || status == ADL_ERROR_PROXY);
+        CHECK(status == ADL_OK || reached);
+        CHECK_EQ(adl_lockstep_doses(lockstep, 0, 2, tokens.data(), 3, again), ADL_OK);
+        CHECK(status != ADL_OK || std::equal(found, found + 3, again));
+        Batch             next({9}, 4);
+        const llama_batch raw_next = next.get();
+        CHECK_EQ(adl_lockstep_decode(lockstep, raw_next, &row, 1, nullptr), ADL_OK);
+        check_row(host.pair, {5, 6, 7, 8, 9});
+        adl_lockstep_free(lockstep);
+        llama_free(teacher);
+        return reached;
+    });
+}
+
 TEST(refusing_a_batch) {
     install();
     for_every_failure([&](int64_t first, bool all) {

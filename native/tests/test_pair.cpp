@@ -302,6 +302,32 @@ TEST(functions_take_no_null_pair) {
 // Making
 //
 
+TEST(flash_attention_is_not_llama_cpps_to_choose_on_a_cpu) {
+    struct Case {
+        int32_t               n_gpu_layers;
+        bool                  has_gpu;
+        ggml_type             type_v;
+        llama_flash_attn_type asked, chosen;
+    };
+    constexpr auto          AUTO = LLAMA_FLASH_ATTN_TYPE_AUTO, OFF = LLAMA_FLASH_ATTN_TYPE_DISABLED, ON = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+    const std::vector<Case> cases = {
+        {0, true, GGML_TYPE_F16, AUTO, OFF},   {0, false, GGML_TYPE_F32, AUTO, OFF}, {99, false, GGML_TYPE_F16, AUTO, OFF},
+        {99, true, GGML_TYPE_F16, AUTO, AUTO}, {0, true, GGML_TYPE_F16, ON, ON},     {0, true, GGML_TYPE_F16, OFF, OFF},
+        {0, true, GGML_TYPE_Q8_0, AUTO, AUTO}, {99, true, GGML_TYPE_F16, ON, ON}};
+    for (const Case & c : cases) {
+        install();
+        fake::settings().supports_offload = c.has_gpu;
+        adl_pair_params p                 = params();
+        p.model.n_gpu_layers              = c.n_gpu_layers;
+        p.context.type_v                  = c.type_v;
+        p.context.flash_attn_type         = c.asked;
+        Host host(p);
+        for (const adl_sign sign : {ADL_PLUS, ADL_MINUS}) {
+            CHECK_EQ(fake::context_params(adl_pair_get_context(host.pair, sign)).flash_attn_type, c.chosen);
+        }
+    }
+}
+
 TEST(what_a_pair_says_of_itself) {
     install();
     adl_pair_params p = params();

@@ -306,8 +306,10 @@ TEST(a_row_without_a_choice_stays_and_evaluates_nothing) {
     }
 }
 
-TEST(tokens_wait_for_a_choice_and_are_decoded_together) {
-    for (const size_t n : {1, 5, 29, 30, 100}) { // the pair's batches are of 32
+TEST(tokens_wait_for_a_choice_and_are_decoded_together) { // the last of the prompt with them; the pair's batches are of 32
+    const std::vector<std::pair<size_t, const char *>> cases = {
+        {1, "1 2"}, {5, "1 6"}, {29, "1 30"}, {30, "1 31"}, {31, "1 31 1"}, {100, "1 31 32 32 6"}};
+    for (const auto & [n, sizes] : cases) {
         install();
         Fixture f;
         Tokens  tokens = {5, 6};
@@ -321,7 +323,7 @@ TEST(tokens_wait_for_a_choice_and_are_decoded_together) {
         }
         CHECK_EQ(fake::counts().decodes, 0);
         check_applied(f.smpl, tokens);
-        CHECK_EQ(fake::counts().decodes, 2 * static_cast<int>((tokens.size() + 31) / 32));
+        CHECK_EQ(batches(f.pair), sizes);
     }
 }
 
@@ -334,10 +336,10 @@ TEST(a_position_that_comes_to_have_a_choice_is_evaluated_then) { // grammar resa
         given.logit(40) = 60;
         given.apply(f.smpl);
         CHECK_EQ(given.logit(40), 60.0f);
-        CHECK_EQ(fake::counts().decodes, 2 * i);
+        CHECK_EQ(batches(f.pair), i == 0 ? "" : "1 1");
         check_applied(f.smpl, {5, 6});
     }
-    CHECK_EQ(fake::counts().decodes, 2);
+    CHECK_EQ(batches(f.pair), "1 1");
 }
 
 // What a sampler should have counted, evaluating every position.
@@ -439,11 +441,11 @@ TEST(a_position_is_evaluated_once) {
     Fixture f;
     f.prefix({5, 6, 7});
     check_applied(f.smpl, {5, 6, 7});
-    CHECK_EQ(fake::counts().decodes, 2);
+    CHECK_EQ(batches(f.pair), "2 1");
     for (int i = 0; i < 3; ++i) { // grammar resampling
         check_applied(f.smpl, {5, 6, 7});
     }
-    CHECK_EQ(fake::counts().decodes, 2);
+    CHECK_EQ(batches(f.pair), "2 1");
 }
 
 TEST(an_accepted_token_is_one_more_to_evaluate) {
@@ -456,13 +458,13 @@ TEST(an_accepted_token_is_one_more_to_evaluate) {
         f.accept(token);
         tokens.push_back(token);
         check_applied(f.smpl, tokens);
-        CHECK_EQ(fake::counts().decodes, 2 * (token - 8));
+        CHECK_EQ(batches(f.pair, 2 + token - 10), "1");
         CHECK_EQ(fake::memory(adl_pair_get_context(f.pair, ADL_PLUS), 0).size(), tokens.size());
         CHECK(fake::memory(adl_pair_get_context(f.pair, ADL_PLUS), 0) == fake::memory(adl_pair_get_context(f.pair, ADL_MINUS), 0));
     }
 }
 
-TEST(tokens_that_are_only_accepted_wait_for_the_next_apply) {
+TEST(tokens_that_are_only_accepted_wait_for_the_next_apply) { // and are of the prompt
     install();
     Fixture f;
     f.prefix({5});
@@ -471,7 +473,12 @@ TEST(tokens_that_are_only_accepted_wait_for_the_next_apply) {
     }
     CHECK_EQ(fake::counts().decodes, 0);
     check_applied(f.smpl, {5, 6, 7, 8});
-    CHECK_EQ(fake::counts().decodes, 2);
+    CHECK_EQ(batches(f.pair), "3 1");
+    for (const llama_token token : {9, 10, 11}) { // the first of them was sampled
+        f.accept(token);
+    }
+    check_applied(f.smpl, {5, 6, 7, 8, 9, 10, 11});
+    CHECK_EQ(batches(f.pair, 2), "6 1");
 }
 
 TEST(a_prompt_may_be_accepted_instead) {
@@ -484,7 +491,9 @@ TEST(a_prompt_may_be_accepted_instead) {
 }
 
 TEST(a_prefix_is_longer_than_a_batch) {
-    for (const size_t n : {31, 32, 33, 64, 65, 128}) {
+    const std::vector<std::pair<size_t, const char *>> cases = {
+        {31, "30 1"}, {32, "31 1"}, {33, "32 1"}, {34, "32 1 1"}, {64, "32 31 1"}, {65, "32 32 1"}, {128, "32 32 32 31 1"}};
+    for (const auto & [n, sizes] : cases) {
         install();
         Fixture f;
         Tokens  tokens;
@@ -493,6 +502,63 @@ TEST(a_prefix_is_longer_than_a_batch) {
         }
         f.prefix(tokens);
         check_applied(f.smpl, tokens);
+        CHECK_EQ(batches(f.pair), sizes);
+    }
+}
+
+// A text whose first n tokens are the same whatever the seed.
+Tokens text(size_t n, size_t n_shared, llama_token seed) {
+    Tokens tokens;
+    for (size_t i = 0; i < n; ++i) {
+        tokens.push_back(static_cast<llama_token>(3 + (i < n_shared ? i : i + seed) % 50));
+    }
+    return tokens;
+}
+
+TEST(what_is_kept_of_a_prompt_is_what_a_fresh_pair_would_have) {
+    struct Next {
+        Tokens       prompt;
+        size_t       n_sampled; // after it
+        const char * sizes;     // of its batches
+    };
+    adl_pair_params large = models::params();
+    large.context.n_ctx = large.context.n_batch = 256;
+    const auto goes_on = [](Tokens tokens, size_t n_sampled) { // from what is sampled after it, and has five tokens more
+        tokens.insert(tokens.end(), n_sampled, 9);
+        tokens.insert(tokens.end(), 5, 10);
+        return tokens;
+    };
+    const Tokens first = text(100, 100, 0), second = text(128, 128, 5);
+    const std::vector<Next> nexts = {
+        {first, 40, "99 1"},
+        {first, 3, "1"},              // the same again: all of it
+        {text(90, 70, 1), 1, "25 1"}, // from a block's begin on
+        {first, 2, "35 1"},
+        {text(80, 40, 1), 0, "47 1"},
+        {text(80, 31, 2), 0, "79 1"},
+        {first, 40, "99 1"},
+        {text(66, 66, 0), 0, "33 1"}, // a fresh pair evaluates no 65th token alone: one block less
+        {text(65, 65, 0), 0, "1"},
+        {text(33, 33, 0), 0, "1"},
+        {first, 40, "67 1"},
+        {goes_on(first, 40), 0, "4 1"},
+        {text(20, 5, 3), 0, "19 1"},
+        {second, 22, "127 1"},
+        {goes_on(second, 22), 0, "58 1"}, // from too little to be worth it
+    };
+    install();
+    Fixture f(large);
+    for (const Next & next : nexts) {
+        Tokens tokens = next.prompt;
+        f.prefix(tokens);
+        const size_t before = fake::batches(adl_pair_get_context(f.pair, ADL_PLUS)).size();
+        check_applied(f.smpl, tokens);
+        CHECK_EQ(batches(f.pair, before), next.sizes);
+        for (size_t i = 0; i < next.n_sampled; ++i) {
+            f.accept(9);
+            tokens.push_back(9);
+            check_applied(f.smpl, tokens);
+        }
     }
 }
 

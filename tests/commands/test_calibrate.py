@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -257,13 +258,25 @@ def test_accuracy_is_that_of_the_final_number(
 
 
 def test_the_plain_round_is_the_plain_teachers_text(
-    llm: AntidistillationLlama, prompts: Path, monkeypatch: pytest.MonkeyPatch
+    llm: AntidistillationLlama, tiny_llama: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Token by token what strength 0 samples, with the pair evaluated and nothing shifted."""
+    """Token by token what plain llama.cpp samples, with the pair evaluated and nothing shifted.
+
+    The last token of a prompt is evaluated by itself, as it is in the rounds that are measured against this one.
+    """
+    own = writer(llm, prompts)
     with sampling(monkeypatch, llm) as watched:
-        _, plain = writer(llm, prompts).plain(0.05)
-    with sampling(monkeypatch, llm) as unprotected:
-        writer(llm, prompts).round(0.0, 0.05)
+        _, plain = own.plain(0.05)
+    with (
+        closing(llama_cpp.Llama(str(tiny_llama), **KWARGS)) as teacher,
+        sampling(monkeypatch, teacher) as unprotected,
+    ):
+        for seed, prompt in enumerate(own.prompts):
+            teacher.reset()
+            teacher.set_seed(seed)
+            teacher.eval(prompt[:-1])
+            stream = teacher.generate(prompt[-1:], temp=own.temperature, reset=False)
+            list(itertools.takewhile(lambda token: token != tiny.EOS, itertools.islice(stream, N_PREDICT)))
     assert_same(watched, unprotected)
     assert plain.kl == 0
     assert plain.dose != 0

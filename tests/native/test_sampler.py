@@ -27,6 +27,7 @@ from adlocal.llamacpp import native
 from adlocal_convert.demo.word_problems import word_problems
 from support import tiny
 from support.faults import Faults
+from support.reference import last_row
 
 Row = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
@@ -162,8 +163,7 @@ class Host:
 def evaluate(teacher: llama_cpp.Llama, tokens: Sequence[int]) -> Row:
     """The teacher's logits after `tokens`, evaluated afresh."""
     teacher.reset()
-    teacher.eval(tokens)
-    return np.ctypeslib.as_array(teacher._ctx.get_logits(), (teacher.n_vocab(),)).copy()
+    return last_row(teacher, tokens)
 
 
 def encode(llm: llama_cpp.Llama, prompt: str = PROMPTS[3]) -> list[int]:
@@ -185,8 +185,9 @@ def applied(chain: LlamaSampler, logits: Row, ids: Ids | None = None) -> tuple[I
 
 
 def last_delta(pair: ProxyPair, tokens: Sequence[int]) -> Row:
-    """Δ after `tokens`, evaluated as the sampler does: afresh, and the last row only."""
+    """Δ after a prompt, evaluated as the sampler does: afresh, the last token by itself."""
     pair.clear()
+    pair.sync(tokens[:-1])
     pair.sync(tokens)
     (plus,), (minus,) = pair.rows()
     return delta(plus, minus, pair.bundle.epsilon)
@@ -263,10 +264,10 @@ def test_the_plain_teacher_samples_something_else(
     """Otherwise the test above would say nothing. Strength 0 is the teacher."""
     expected = drop_in(llm, PROMPTS[0], 0, 12, temp=0.0)
     with Host(teacher, pair, greedy, strength=0.0) as host:
-        plain = host.run(encode(teacher, PROMPTS[0]), 12)
+        plain = host.run(encode(teacher), 12)
         assert (host.dose.n_tokens, host.dose.kl) == (12, 0.0)
     teacher.reset()
-    assert plain == list(itertools.islice(teacher.generate(encode(teacher, PROMPTS[0]), temp=0.0), 12))
+    assert plain == list(itertools.islice(teacher.generate(encode(teacher), temp=0.0), 12))
     assert plain != expected
 
 
@@ -291,7 +292,7 @@ def test_logit_bias(teacher: llama_cpp.Llama, llm: AntidistillationLlama, pair: 
 
 def test_a_prompt_that_the_pair_knows_in_part(teacher: llama_cpp.Llama, pair: ProxyPair) -> None:
     """The common prefix is kept: adjusted logits to rounding, which is a tenth of how far they moved, or less."""
-    tokens = encode(teacher, PROMPTS[4])
+    tokens = encode(teacher)
     z = evaluate(teacher, tokens)
     with Host(teacher, pair) as host:
         set_prefix(host.own, tokens)
@@ -419,30 +420,38 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_applied_again_it_does_not_evaluate_again(
     teacher: llama_cpp.Llama, tiny_bundle: Path, decoded: list[int]
 ) -> None:
-    """As grammar resampling does. Then a token at a time, and after a jump only what is new."""
-    tokens = encode(teacher)
+    """As grammar resampling does. Then a token at a time, and after a jump only what is new, from a block's begin on.
+
+    The last token of a prompt goes by itself.
+    """
+    tokens = encode(teacher, "so " * 15)
     z = evaluate(teacher, tokens)
     with open_pair(tiny_bundle, teacher) as pair, Host(teacher, pair) as host:
         set_prefix(host.own, tokens)
         (_, first), (_, second) = (applied(host.chain, z) for _ in range(2))
         _, few = applied(host.chain, z[:9])
-        assert decoded == [len(tokens)] * 2
+        assert decoded == [len(tokens) - 1, len(tokens) - 1, 1, 1]
         assert first.tobytes() == second.tobytes()
         assert len(few) == 9
         for token in b"ab":
             host.chain.accept(token)
             applied(host.chain, z)
-        assert decoded[2:] == [1, 1, 1, 1]
+        assert decoded[4:] == [1, 1, 1, 1]
         set_prefix(host.own, [*tokens, *b"acd"])
         applied(host.chain, z)
-        assert decoded[6:] == [2, 2]
+        assert decoded[8:] == [len(tokens) + 2 - 32, len(tokens) + 2 - 32, 1, 1]
         assert host.dose.n_tokens == 0
 
 
 def test_a_row_without_a_choice_asks_no_proxy(teacher: llama_cpp.Llama, tiny_bundle: Path, decoded: list[int]) -> None:
-    """Only the top passes a guard of 1: greedy is the teacher's own text. Then what waited is decoded in one batch."""
+    """Only the top passes a guard of 1: greedy is the teacher's own text. What waited is decoded together in the end.
+
+    The last token of the prompt is in it, and those before it are not.
+    """
     tokens = encode(teacher)
-    plain = list(itertools.islice(teacher.generate(tokens, temp=0.0, reset=True), 8))
+    teacher.reset()
+    teacher.eval(tokens[:-1])
+    plain = list(itertools.islice(teacher.generate(tokens[-1:], temp=0.0, reset=False), 8))
     with open_pair(tiny_bundle, teacher) as pair, Host(teacher, pair, greedy, guard=1.0) as host:
         assert host.run(tokens, 8) == plain
         assert decoded == []
@@ -451,7 +460,7 @@ def test_a_row_without_a_choice_asks_no_proxy(teacher: llama_cpp.Llama, tiny_bun
         z = evaluate(teacher, [*tokens, *plain])
         z[65:70] = z.max() + 1
         _, row = applied(host.chain, z)
-        assert decoded == [len(tokens) + 8] * 2
+        assert decoded == [len(tokens) - 1, len(tokens) - 1, 9, 9]
         assert (row[65:70] != z[65:70]).all()
 
 
@@ -495,23 +504,22 @@ def test_clones_go_on_by_themselves(teacher: llama_cpp.Llama, pair: ProxyPair) -
     with Host(teacher, pair, greedy) as host, Host(teacher, pair) as fresh:
         tokens += host.run(tokens, 3)
         with closing(host.chain.clone()) as clone:
-            branches = [(host.chain, [*tokens, 65]), (clone, [*tokens, 122])]
+            branches = [(host.chain, [*tokens, 65], iter(b"pples")), (clone, [*tokens, 122], iter(b"ebras"))]
             assert doses(host.chain) == doses(clone)
-            for chain, branch in branches:
+            for chain, branch, _ in branches:
                 chain.accept(branch[-1])
             for _ in range(5):
                 rows = []
-                for chain, branch in branches:
+                for chain, branch, text in branches:
                     z = evaluate(teacher, branch)
                     _, row = applied(chain, z)
                     set_prefix(fresh.own, branch)
                     _, expected = applied(fresh.chain, z)
                     np.testing.assert_allclose(row, expected, atol=rounding(pair), rtol=0)
                     rows.append(row - z)
-                    branch.append(int(np.argmax(row)))
+                    branch.append(next(text))
                     chain.accept(branch[-1])
                 assert np.abs(rows[0] - rows[1]).max() > 3 * rounding(pair)
-            assert branches[0][1][-5:] != branches[1][1][-5:]
 
 
 def doses(chain: LlamaSampler) -> list[float]:

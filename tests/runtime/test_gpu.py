@@ -74,7 +74,7 @@ def test_strength_0_is_plain_llama(temperature: float, plain: llama_cpp.Llama, l
 def test_adjusted_logits_are_the_equation_on_three_independent_contexts(
     smollm2: Path, gpu_bundle: Path, llm: AntidistillationLlama
 ) -> None:
-    """A prompt at once, then a token at a time, to a rounding: whichever way the pair is evaluated."""
+    """A prompt, then a token at a time, to a rounding: whichever way the pair is evaluated."""
     llm.reset()
     bundle, moved, ends = Bundle.open(gpu_bundle), 0, end_tokens(llm._model.vocab)
     paths = (smollm2, gpu_bundle / PLUS_NAME, gpu_bundle / MINUS_NAME)
@@ -124,6 +124,7 @@ def test_proxies_on_the_cpu_beside_a_teacher_on_the_gpu(smollm2: Path, smollm2_b
     ):
         tokens = llm.tokenize(PROMPTS[0].encode())
         last_row(llm, tokens)
+        cpu.sync(tokens[:-1])
         cpu.sync(tokens)
         assert np.array_equal(llm.pair.rows(), cpu.rows())
 

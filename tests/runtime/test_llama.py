@@ -107,14 +107,12 @@ def test_strength_0_does_not_wait_for_the_proxies(llm: AntidistillationLlama) ->
 def test_adjusted_logits_are_the_equation_on_three_independent_contexts(
     smollm2: Path, smollm2_bundle: Path, llm: AntidistillationLlama
 ) -> None:
-    """Same batches, so to a rounding: a prompt at once, then a token at a time."""
+    """Same batches, so to a rounding: a prompt, then a token at a time."""
     llm.guard = 0.05
     llm._logits_all = False  # rows of a prompt are computed by other kernels than its last row alone
     tokens = llm.tokenize(b"Once upon a time there was a")  # much is plausible after it
     paths = (smollm2, smollm2_bundle / "proxy-plus.gguf", smollm2_bundle / "proxy-minus.gguf")
-    contexts = [
-        llama_cpp.Llama(str(path), flash_attn=path != smollm2, **{**KWARGS, "logits_all": False}) for path in paths
-    ]
+    contexts = [llama_cpp.Llama(str(path), **{**KWARGS, "logits_all": False}) for path in paths]
     epsilon, lam = llm.pair.bundle.epsilon, llm.pair.bundle.lam(STRENGTH)
     ends = end_tokens(llm._model.vocab)
     moved = []

@@ -150,7 +150,6 @@ def test_the_same_prompt_again_after_a_failure(llm: AntidistillationLlama, fault
 
 def test_a_teacher_that_fails_leaves_nothing_to_sample(llm: AntidistillationLlama, faults: Faults) -> None:
     expected = greedy(llm)
-    llm.create_completion(PROMPT, **GREEDY)
     with faults.failing(int(llm.ctx)):
         with pytest.raises(RuntimeError, match="llama_decode returned -3"):
             llm.eval([65])
@@ -367,10 +366,12 @@ def test_a_new_strength_in_a_kept_context(tiny_llama: Path, tiny_bundle: Path) -
 
 
 def test_a_calls_settings_are_its_own(llm: AntidistillationLlama) -> None:
-    llm.create_completion(PROMPT, strength=7.0, guard=0.5, **GREEDY)
+    greedy(llm, strength=7.0, guard=0.5)
     assert (llm.last_dose.strength, llm.last_dose.guard) == (7.0, 0.5)
     assert (llm.strength, llm.guard) == (3.0, 0.05)
-    llm(PROMPT, **GREEDY)
+    llm(PROMPT, strength=5.0, max_tokens=1)
+    assert llm.last_dose.strength == 5.0
+    llm(PROMPT, max_tokens=1)
     assert llm.last_dose.strength == 3.0
     with pytest.raises(InputError, match="strength=-2"):
         llm.create_completion(PROMPT, strength=-2)

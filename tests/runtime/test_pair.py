@@ -46,7 +46,7 @@ def halves(tiny_bundle: Path) -> tuple[Rows, Rows]:
     def scores(name: str) -> Rows:
         path = str(tiny_bundle / name)
         with closing(
-            llama_cpp.Llama(path, n_ctx=0, logits_all=True, flash_attn=True, n_threads=1, verbose=False)
+            llama_cpp.Llama(path, n_ctx=0, logits_all=True, flash_attn=False, n_threads=1, verbose=False)
         ) as llm:
             llm.eval(TEXT)
             return np.array(llm.scores[: len(TEXT)])

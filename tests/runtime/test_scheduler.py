@@ -431,7 +431,7 @@ def test_an_answer_that_was_gone_on_from_is_still_one(opened: Open, oracle: Orac
     run = Run(opened(n_parallel=1).scheduler)
     held = conversation(run, oracle, 0, prompt(41))
     run.answer(Request(1, [*held, *b" and then?"], 1, settings=STEERED))
-    for n, n_past in ((66, 66), (60, 32)):
+    for n, n_past in ((80, 80), (60, 32)):
         decoded.clear()
         asked = Request(2, [*held[:n], 65], 1, settings=STEERED)
         oracle.check(asked, run.answer(asked))

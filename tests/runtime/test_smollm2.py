@@ -1,7 +1,8 @@
-"""The bundle that `adlocal convert` makes of a real model, with its defaults."""
+"""The bundle that `adlocal convert` makes of a real model, with its defaults, and the same prompt twice under it."""
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,15 @@ import gguf
 import numpy as np
 import pytest
 
+from adlocal import AntidistillationLlama
 from adlocal.bundle import MINUS_NAME, PLUS_NAME, Bundle
 from adlocal.bundle.verify import verify
 from support.paths import REAL_TRACES
+from support.problems import cold_and_cached, encoded_problems
 
 pytestmark = pytest.mark.real
+
+N_PROMPTS = 3
 
 
 def test_fidelity(smollm2_bundle: Path) -> None:
@@ -46,6 +51,18 @@ def test_bulk_is_the_bases_and_every_key_is_kept(smollm2: Path, smollm2_bundle: 
             if ours.name not in carriers:
                 assert theirs.tensor_type == ours.tensor_type
                 assert np.array_equal(theirs.data, ours.data)
+
+
+@pytest.mark.parametrize("strength", [1.0, 2.0, 6.0])
+def test_cold_and_cached(strength: float, smollm2: Path, smollm2_bundle: Path) -> None:
+    """`make cold-and-cached` in short: the same ids the first, the second, the third time, and after another prompt."""
+    options: dict[str, Any] = {"bundle": smollm2_bundle, "n_ctx": 512, "n_threads": 2, "verbose": False}
+    with closing(AntidistillationLlama(str(smollm2), **options)) as llm:
+        prompts = encoded_problems(llm, N_PROMPTS)
+        for i, prompt in enumerate(prompts):
+            said = dict(cold_and_cached(llm, prompt, prompts[i - 1], 24, strength))
+            assert said == dict.fromkeys(said, said["first"])
+            assert len(said["first"]) > 1
 
 
 def stored(field: Any) -> bytes:

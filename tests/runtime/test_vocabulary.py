@@ -20,6 +20,7 @@ from adlocal.adjust import adjust
 from adlocal.llamacpp import native
 from adlocal.llamacpp.model import open_vocabulary
 from support import tiny
+from support.reference import eval_prompt
 
 PADDED = 272
 TEXT = [tiny.BOS, *b"two and two"]
@@ -115,7 +116,7 @@ def test_a_teacher_with_another_vocabulary_is_refused(shuffled: Path, tiny_bundl
 
 def plain_rows(teacher: Path) -> npt.NDArray[np.float32]:
     with closing(llama_cpp.Llama(str(teacher), **OPTIONS)) as llm:
-        llm.eval(TEXT)
+        eval_prompt(llm, TEXT)
         return np.array(llm.scores[: len(TEXT)])
 
 

@@ -51,7 +51,7 @@ class Samples:
 
 
 @contextmanager
-def sampling(monkeypatch: pytest.MonkeyPatch, llm: AntidistillationLlama) -> Iterator[Samples]:
+def sampling(monkeypatch: pytest.MonkeyPatch, llm: llama_cpp.Llama) -> Iterator[Samples]:
     """Records what is sampled from what."""
     samples = Samples()
     sample: Callable[..., int] = LlamaSampler.sample
@@ -76,7 +76,15 @@ def log_softmax(rows: npt.ArrayLike) -> npt.NDArray[np.float64]:
     return np.asarray(z - np.log(np.exp(z).sum(axis=-1, keepdims=True)))
 
 
-def last_row(llm: llama_cpp.Llama, tokens: list[int]) -> Rows:
-    """Logits after `tokens`, (n_vocab,), of a model that is asked for the last row alone."""
+def eval_prompt(llm: llama_cpp.Llama, tokens: Sequence[int]) -> None:
+    """Evaluates a prompt with the last token by itself, as the drop-in does of its own accord."""
+    if not isinstance(llm, AntidistillationLlama):
+        llm.eval(tokens[:-1])
+        tokens = tokens[-1:]
     llm.eval(tokens)
+
+
+def last_row(llm: llama_cpp.Llama, tokens: Sequence[int]) -> Rows:
+    """Logits after a prompt, (n_vocab,), of a model that is asked for the last row alone."""
+    eval_prompt(llm, tokens)
     return np.ctypeslib.as_array(llm._ctx.get_logits(), (llm.n_vocab(),)).copy()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from pathlib import Path
 from typing import Any
 
 import gguf
+import llama_cpp
 import numpy as np
 import torch
 import transformers
@@ -72,6 +75,15 @@ def write_gguf(model: Any, path: Path, chat_template: str | None = None, pieces:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+def quantized(source: Path, path: Path, ftype: int) -> Path:
+    """Writes a GGUF in another of llama.cpp's types, with all of its metadata."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = ftype, 1
+    status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(path), ctypes.byref(params))
+    assert status == 0, f"llama_model_quantize returned {status}"
     return path
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ...bundle import Bundle
 from ...engine.parallel import ParallelLlama
+from ...engine.prefix import BLOCK
 from ...errors import InputError
 from ...llama import AntidistillationLlama
 from ...llamacpp.model import context_length
@@ -112,6 +113,6 @@ def _measure_many(args: argparse.Namespace, one: _One, n_sequences: Sequence[int
 
 
 def _measure_shape(args: argparse.Namespace, one: _One) -> shape.Shape:
-    n = len(one.text)
-    with closing(open_protected(args, one.settings, n_ctx=n, n_batch=n, logits_all=True)) as llm:
+    size = -(-len(one.text) // BLOCK) * BLOCK  # the pair's batches are whole blocks
+    with closing(open_protected(args, one.settings, n_ctx=size, n_batch=size, n_ubatch=size, logits_all=True)) as llm:
         return shape.measure(llm, one.text)

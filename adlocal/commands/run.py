@@ -1,0 +1,38 @@
+"""`adlocal run`: starts a llama.cpp program that nobody changed, under protection."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+
+from ..bundle import Bundle
+from ..errors import InputError
+from ..plugin import Protection, environment
+from ..plugin.environment import chosen
+
+
+def run(args: argparse.Namespace) -> None:
+    """Becomes the program: its signals, its terminal and its exit status are its own."""
+    bundle = Bundle.open(args.bundle)
+    protection = Protection(
+        bundle,
+        chosen(bundle, args.strength, args.guard),
+        epsilon=args.epsilon,
+        observe=args.observe,
+        proxy_n_threads=args.proxy_threads,
+        proxy_n_gpu_layers=args.proxy_gpu_layers,
+        allow_models=args.allow_model,
+    )
+    variables = environment(protection, os.environ)
+    program = _found(args.program[0])
+    sys.stdout.flush()
+    os.execve(program, args.program, variables)
+
+
+def _found(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        raise InputError(f"{name}: no such program; give one that can be run, after --")
+    return path

@@ -1,0 +1,96 @@
+"""The environment in which a program is under protection: the preloaded library, and what it is told."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..bundle import Bundle
+from ..bundle.calibration import Calibration
+from ..errors import InputError, NativeError
+from ..settings import Settings
+
+FILE_NAME = "libadlocal-plugin.so"
+_PREFIX = "ADLOCAL_"
+
+
+@dataclass(frozen=True)
+class Protection:
+    """What a program's text is protected with.
+
+    Attributes:
+        bundle: whose vocabulary tells which models are protected.
+        settings: strength and guard.
+        epsilon: step along ĝ, for an adapter bundle; None for the bundle's.
+        observe: evaluate the pair and change nothing.
+        proxy_n_threads, proxy_n_gpu_layers: None for the teacher's threads, and for llama.cpp's own number of layers.
+        allow_models: models of other vocabularies that may generate unprotected.
+    """
+
+    bundle: Bundle
+    settings: Settings
+    epsilon: float | None = None
+    observe: bool = False
+    proxy_n_threads: int | None = None
+    proxy_n_gpu_layers: int | None = None
+    allow_models: Sequence[Path] = ()
+
+
+def chosen(bundle: Bundle, strength: float | str | None, guard: float | None) -> Settings:
+    """The settings that were asked for; what is left open is the calibration's, else the default.
+
+    Which teacher the program will load is not known yet, so a calibration is taken for that teacher's.
+    """
+    calibration = Calibration.open(bundle)
+    if strength == "calibrated":
+        if calibration is None:
+            raise InputError(f"--strength calibrated: bundle {bundle.directory} has no calibration; give nats")
+        strength = None
+    base = Settings(calibration.strength, calibration.guard) if calibration else Settings()
+    return base.but(None if strength is None else float(strength), guard)
+
+
+def library() -> Path:
+    """The library that is preloaded.
+
+    Raises:
+        InputError: this system has no way to preload one.
+        NativeError: it was not built.
+    """
+    if sys.platform != "linux":
+        raise InputError(
+            f"adlocal run preloads a library, which it can on Linux alone, not on {sys.platform}; use "
+            "AntidistillationLlama in Python, or the C library"
+        )
+    for directory in sys.modules["adlocal"].__path__:
+        if (path := Path(directory) / FILE_NAME).exists():
+            return path.resolve()
+    raise NativeError(
+        f"the native library {FILE_NAME} is not there; install adlocal again (`pip install .` compiles it)"
+    )
+
+
+def environment(protection: Protection, before: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a program under protection, made from those of one without.
+
+    Raises:
+        InputError, NativeError: as `library`.
+    """
+    others = [each for each in before.get("LD_PRELOAD", "").replace(":", " ").split() if Path(each).name != FILE_NAME]
+    told = {
+        "BUNDLE": protection.bundle.directory.resolve(),
+        "STRENGTH": repr(protection.settings.strength),
+        "GUARD": repr(protection.settings.guard),
+        "EPSILON": protection.epsilon and repr(protection.epsilon),
+        "OBSERVE": "1" if protection.observe else None,
+        "PROXY_THREADS": protection.proxy_n_threads,
+        "PROXY_N_GPU_LAYERS": protection.proxy_n_gpu_layers,
+        "PID": os.getpid(),  # which the program keeps, and its children have not
+        "ALLOW_MODELS": "\n".join(str(path.resolve()) for path in protection.allow_models) or None,
+    }
+    kept = {name: value for name, value in before.items() if not name.startswith(_PREFIX)}
+    ours = {f"{_PREFIX}{name}": str(value) for name, value in told.items() if value is not None}
+    return {**kept, **ours, "LD_PRELOAD": ":".join([os.fspath(library()), *others])}

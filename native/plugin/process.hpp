@@ -1,0 +1,161 @@
+// What the plugin knows of the process that it lives in: how it is to protect, the models and the contexts.
+
+#pragma once
+
+#include "adlocal.h"
+#include "llama.h"
+
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <vector>
+
+namespace plugin {
+
+// Says a line and ends the process with status 1: nothing of the teacher may be shown that is not protected.
+[[noreturn]] void die(const char * fmt, ...) __attribute__((format(printf, 1, 2)));
+
+// Says a line.
+void say(const char * fmt, ...) __attribute__((format(printf, 1, 2)));
+
+// How to protect, from ADLOCAL_* variables, which `adlocal run` sets.
+struct Config {
+    std::string              bundle;
+    double                   strength;
+    double                   guard;
+    double                   epsilon; // 0: the bundle's
+    bool                     observe; // the pair is evaluated, nothing changes
+    int32_t                  proxy_threads;      // 0: the teacher's
+    int32_t                  proxy_n_gpu_layers; // INT32_MIN: llama.cpp's default
+    std::vector<std::string> allowed; // models of other vocabularies that may generate
+
+    static Config of_environment();
+};
+
+// A context of a protected model. Its methods are what the guarded functions do; they hold its lock.
+class Context {
+  public:
+    Context(llama_context * context, adl_pair * pair, const llama_context_params & params);
+    ~Context();
+
+    // `decode` is the host's own call.
+    template <typename Decode>
+    int32_t step(const llama_batch & batch, Decode && decode);
+
+    bool readable() const { return readable_ && !embeddings_; }
+
+    // A row in which nothing of the teacher is left.
+    float * closed_row() { return closed_.data(); }
+
+    void set_embeddings(bool value) { embeddings_ = value; }
+    bool embeddings() const { return embeddings_; }
+
+    // Protection can no longer follow: no row is readable until the memory is cleared.
+    void poison(const char * why);
+    void clear();
+
+    adl_pair * pair() const { return pair_; }
+
+    adl_lockstep *        lockstep() const { return lockstep_; }
+    llama_context * const context;
+    const llama_memory_t  memory;
+    const uint32_t        n_seq_max;
+
+  private:
+    std::vector<adl_row_params> params(const llama_batch & batch) const;
+
+    adl_pair *         pair_;
+    adl_lockstep *     lockstep_;
+    std::vector<float> closed_;
+    bool               embeddings_;
+    bool               readable_ = false; // the last decode's rows were adjusted
+    bool               poisoned_ = false;
+};
+
+enum class Kind { PROTECTED, LEFT_ALONE, CLOSED };
+
+class Process {
+  public:
+    static Process & get();
+
+    const Config & config() const { return config_; }
+
+    // A model that was loaded from a path, "" where it is not known.
+    void loaded(llama_model * model, const std::string & path, const llama_model_params & params);
+    void unloaded(llama_model * model);
+
+    // What becomes of a context of the model. Ends the process where the model may not generate.
+    Kind kind(const llama_model * model, const llama_context_params & params);
+
+    void made(llama_context * context, const llama_model * model, const llama_context_params & params);
+    void freed(llama_context * context);
+    void shut(llama_context * context);
+
+    // NULL where it is no context of a protected model's.
+    Context * find(const llama_context * context);
+    Context * find(llama_memory_t memory);
+
+    // Whether a context's logits are closed because its model has another vocabulary.
+    bool is_closed(const llama_context * context);
+
+    // Whether a context was ever protected, in a process that may never have asked for llama.cpp.
+    static bool has_protected() { return has_protected_; }
+
+  private:
+    Process();
+
+    struct Model {
+        std::string path;
+        bool        no_alloc;
+    };
+
+    adl_pair * make_pair(llama_context * context, const llama_model * model, const llama_context_params & params);
+    bool       shares_vocabulary(const llama_model * model);
+    void       open_vocabulary();
+
+    const Config                                          config_;
+    std::mutex                                            mutex_;
+    std::map<const llama_model *, Model>                  models_;
+    std::map<const llama_context *, std::unique_ptr<Context>> contexts_;
+    std::map<llama_memory_t, Context *>                   memories_;
+    std::set<const llama_context *>                       shut_;
+    adl_bundle                                            bundle_ = {};
+    llama_model *                                         vocabulary_ = nullptr; // the bundle's, without weights
+    adl_pair *                                            first_ = nullptr;      // keeps the pair's weights
+    static std::atomic<bool>                              has_protected_;
+};
+
+template <typename Decode>
+int32_t Context::step(const llama_batch & batch, Decode && decode) {
+    readable_ = false;
+    if (poisoned_) {
+        return -3;
+    }
+    std::vector<int8_t> none(static_cast<size_t>(batch.n_tokens > 0 ? batch.n_tokens : 0), 0);
+    llama_batch         followed = batch;
+    if (embeddings_) { // every token is an output row, and all are closed
+        followed.logits = none.data();
+    }
+    const std::vector<adl_row_params> rows = params(followed);
+    if (adl_lockstep_begin(lockstep_, followed, rows.data(), static_cast<int32_t>(rows.size())) != ADL_OK) {
+        say("%s", adl_last_error());
+        return -3;
+    }
+    const int32_t status = decode();
+    const int32_t failed = adl_lockstep_end(lockstep_, status, nullptr);
+    if (embeddings_) {
+        adl_lockstep_close(lockstep_, batch.n_tokens);
+    }
+    if (failed != ADL_OK) { // the rows that needed the pair are closed
+        say("%s", adl_last_error());
+        return -3;
+    }
+    readable_ = status == 0;
+    return status;
+}
+
+} // namespace plugin

@@ -1,0 +1,141 @@
+#include "real.hpp"
+
+#include "process.hpp"
+
+#include <cstddef>
+#include <cstring>
+#include <dlfcn.h>
+#include <link.h>
+
+namespace plugin {
+
+namespace {
+
+// An object of the process that defines llama.cpp and is not this library.
+struct Found {
+    void *      handle = nullptr;
+    std::string path;
+};
+
+void * base_of(const void * address) {
+    Dl_info info;
+    return dladdr(address, &info) != 0 ? info.dli_fbase : nullptr;
+}
+
+int look(dl_phdr_info * info, size_t, void * data) {
+    auto & found  = *static_cast<Found *>(data);
+    void * handle = dlopen(*info->dlpi_name ? info->dlpi_name : nullptr, RTLD_LAZY | RTLD_NOLOAD);
+    if (handle == nullptr) {
+        return 0;
+    }
+    void * init = find_symbol(handle, "llama_init_from_model");
+    // A handle's search goes on to what the object depends on: the definition has to be its own.
+    Dl_info where;
+    if (init != nullptr && base_of(init) != base_of(reinterpret_cast<const void *>(&look)) && dladdr(init, &where) != 0) {
+        void * own = dlopen(where.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+        found      = {own != nullptr ? own : handle, where.dli_fname};
+        return 1;
+    }
+    dlclose(handle);
+    return 0;
+}
+
+// A structure that a function of the host's returns by value: what it leaves untouched over two fill patterns is beyond it.
+struct Padded {
+    unsigned char bytes[4096];
+};
+
+size_t measured(void * function) {
+    // The caller hands over the place of a large result in a hidden argument: whatever is written there is the host's.
+    const auto call = reinterpret_cast<Padded * (*)(Padded *)>(function);
+    size_t     size = 0;
+    for (const unsigned char fill : {0xA5, 0x5A}) {
+        Padded result;
+        std::memset(&result, fill, sizeof result);
+        call(&result);
+        for (size_t i = sizeof result.bytes; i > size; --i) {
+            if (result.bytes[i - 1] != fill) {
+                size = i;
+                break;
+            }
+        }
+    }
+    return size;
+}
+
+[[noreturn]] void refuse(const std::string & path, const char * name, size_t hosts, size_t ours) {
+    die("%s: struct %s has %zu bytes there, and adlocal knows %zu; run `adlocal plugin build --include DIR` with the directory of its "
+        "llama.h", path.c_str(), name, hosts, ours);
+}
+
+// Padding at the end of a structure is not written.
+void check_model_params(void * function, const std::string & path) {
+    const size_t hosts = measured(function), ours = sizeof(llama_model_params);
+    if (hosts > ours || hosts + alignof(max_align_t) <= ours) {
+        refuse(path, "llama_model_params", hosts, ours);
+    }
+}
+
+// The core's table has our layout: what it calls is translated.
+llama_context_params defaults_in_ours() {
+    return real().layout.to_ours(real().defaults());
+}
+
+llama_context * init_in_ours(llama_model * model, llama_context_params params) {
+    HostContextParams host = real().defaults();
+    real().layout.to_host(params, host);
+    return real().init(model, host);
+}
+
+void translate(Real & r) {
+    auto * const defaults = reinterpret_cast<void *>(r.table.llama_context_default_params);
+    const size_t size     = measured(defaults);
+    if (!Layout::of_size(size, r.layout)) {
+        refuse(r.path, "llama_context_params", size, sizeof(llama_context_params));
+    }
+    r.defaults = reinterpret_cast<HostDefaults>(defaults);
+    r.init     = reinterpret_cast<HostInit>(r.table.llama_init_from_model);
+    r.table.llama_context_default_params = defaults_in_ours;
+    r.table.llama_init_from_model        = init_in_ours;
+}
+
+template <typename Function>
+void resolve(void * handle, const char * name, Function & function) {
+    function = reinterpret_cast<Function>(find_symbol(handle, name));
+}
+
+Real make() {
+    Found found;
+    dl_iterate_phdr(look, &found);
+    if (found.handle == nullptr) {
+        die("a function of llama.cpp was called, and no loaded object defines llama.cpp; it cannot be protected");
+    }
+    Real r;
+    r.path = found.path;
+#define RESOLVE(name, fate) resolve(found.handle, #name, r.name);
+    ADL_GUARDED(RESOLVE)
+    resolve(found.handle, "llama_n_seq_max", r.llama_n_seq_max);
+    resolve(found.handle, "llama_get_model", r.llama_get_model);
+    resolve(found.handle, "llama_pooling_type", r.llama_pooling_type);
+    resolve(found.handle, "llama_model_has_encoder", r.llama_model_has_encoder);
+    r.table.size = sizeof r.table;
+#define SIZE(name) r.table.sizeof_##name = 0;
+    ADL_LLAMA_STRUCTS(SIZE)
+#define POINTER(result, name, arguments) resolve(found.handle, #name, r.table.name);
+    ADL_LLAMA_FUNCTIONS(POINTER)
+    if (adl_llama_check(&r.table) != ADL_OK) {
+        die("%s: %s", r.path.c_str(), adl_last_error());
+    }
+    check_model_params(reinterpret_cast<void *>(r.table.llama_model_default_params), r.path);
+    translate(r);
+    return r;
+}
+
+} // namespace
+
+const Real & real() {
+    static const Real found = make();
+    return found;
+}
+
+} // namespace plugin
