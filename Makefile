@@ -59,6 +59,9 @@ qualities: setup  ## Print size, fidelity and cost of every quality and format o
 ends-table: setup  ## Print what the treatment of end-of-generation tokens does on SmolLM2 (20 minutes)
 	@PYTHONPATH=tests $(BIN)/python -m bench.ends_table
 
+unified-memory: setup  ## Print what decoding some of eight sequences takes, by how their memory is kept (5 minutes)
+	@PYTHONPATH=tests $(BIN)/python -m bench.unified_memory
+
 cold-and-cached: setup  ## Ask SmolLM2 the same again, and print how many texts are the same (30 minutes)
 	@PYTHONPATH=tests $(BIN)/python -m bench.cold_and_cached
 

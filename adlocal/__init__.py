@@ -20,6 +20,7 @@ from .errors import (
 )
 from .llama import AntidistillationLlama
 from .pair import ProxyPair
+from .settings import Settings
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "Sampled",
     "Sampling",
     "Scheduler",
+    "Settings",
     "TraceError",
     "VocabularyError",
     "__version__",

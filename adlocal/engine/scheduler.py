@@ -9,56 +9,21 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 
 import llama_cpp
-from llama_cpp._internals import LlamaSampler
 
 from ..errors import BusyError, InputError, ProxyError
 from ..settings import Settings
-from .prefix import BLOCK, Prefix, cuts, whole_blocks
+from .prefix import BLOCK, cuts, whole_blocks
 from .runner import Chunk, Row, Runner
 from .sequences import Completion, Ended, Event, Failed, Request, Sampled, Sampling
+from .slots import Running, Slot, Slots
 
 #: The most tokens of prompts in a step in which others are given a token, so that these do not wait for long.
 N_CHUNK = 128
-
-
-@dataclass
-class _Running:
-    """A request that is being answered: `pending` is still to be decoded."""
-
-    id: int
-    request: Request
-    settings: Settings
-    limit: int
-    sampler: LlamaSampler
-    pending: Sequence[int]
-    sampled: list[int] = field(default_factory=list)
-
-    @property
-    def is_read(self) -> bool:
-        """Whether its prompt is, but for the last token, which gives the first row."""
-        return len(self.pending) == 1
-
-
-@dataclass
-class _Slot:
-    """A sequence of the context, what it holds, and who has it.
-
-    Attributes:
-        prefix: how the tokens in memory were evaluated.
-        held: these tokens.
-        used_at: the step in which a request last had it.
-    """
-
-    seq_id: int
-    prefix: Prefix
-    held: list[int] = field(default_factory=list)
-    used_at: int = 0
-    running: _Running | None = None
 
 
 class Scheduler:
@@ -70,6 +35,9 @@ class Scheduler:
         n_ctx: tokens of context for each.
         settings, sampling: of requests that are submitted without their own.
         max_waiting: how many requests may wait for a sequence.
+
+    Attributes:
+        slots: the sequences, and what they hold.
 
     Raises:
         InputError: the batch has no room for a part of a prompt beside all sequences.
@@ -96,14 +64,13 @@ class Scheduler:
                 f"beside the sequences; give n_batch={n_parallel + BLOCK} or more"
             )
         self.settings, self.sampling, self.max_waiting = settings, sampling or Sampling(), max_waiting
-        self.shares = runner.can_share()
+        self.slots = Slots(runner, n_parallel)
         self._runner, self._n_ctx = runner, n_ctx
         self._vocab = llama_cpp.llama_model_get_vocab(runner.context.model.model)
         self._n_batch = whole_blocks(runner.n_batch)
-        self._slots = [_Slot(seq_id, Prefix(self._n_batch)) for seq_id in range(n_parallel)]
         self._waiting: deque[tuple[int, Request]] = deque()
         self._cancelled: list[Ended] = []
-        self._n_submitted = self._n_steps = 0
+        self._n_submitted = 0
 
     @property
     def n_waiting(self) -> int:
@@ -113,12 +80,12 @@ class Scheduler:
     @property
     def n_running(self) -> int:
         """Requests that have a sequence."""
-        return sum(slot.running is not None for slot in self._slots)
+        return len(self.slots.running)
 
     @property
     def n_free(self) -> int:
         """Sequences that nobody has."""
-        return len(self._slots) - self.n_running
+        return len(self.slots) - self.n_running
 
     @property
     def is_idle(self) -> bool:
@@ -167,9 +134,9 @@ class Scheduler:
         for waiting in [each for each in self._waiting if each[0] == id]:
             self._waiting.remove(waiting)
             self._cancelled.append(Ended(id, Completion(waiting[1].index, [], "cancelled")))
-        for slot in self._slots:
-            if (running := slot.running) is not None and running.id == id:
-                self._release(slot)
+        for slot, running in self.slots.running:
+            if running.id == id:
+                self.slots.release(slot)
                 self._cancelled.append(Ended(id, Completion(running.request.index, running.sampled, "cancelled")))
 
     def step(self) -> list[Event]:
@@ -181,15 +148,14 @@ class Scheduler:
         Raises:
             AdlocalError: llama.cpp failed. All running requests are lost and their memory is cleared; others wait on.
         """
-        self._n_steps += 1
         try:
             self._admit()
             chunks = self._schedule()
             rows = self._runner.decode(chunks) if chunks else []
-            self._note(chunks)
+            self.slots.note(chunks)
             events = self._emit(rows)
         except BaseException:
-            self._empty()
+            self.slots.clear()
             raise
         cancelled, self._cancelled = self._cancelled, []
         return [*cancelled, *events]
@@ -202,75 +168,25 @@ class Scheduler:
         """
         if self.n_running:
             raise InputError(f"n_running={self.n_running}: wait until no request is being answered, or cancel those")
-        self._empty()
-
-    def _empty(self) -> None:
-        for slot in self._slots:
-            self._release(slot)
-            slot.held, slot.used_at = [], 0
-            slot.prefix.truncated(0)
-        self._runner.clear()
+        self.slots.clear()
 
     # Who gets a sequence
 
     def _admit(self) -> None:
         """Gives sequences to requests in their order. One whose prompt is being read for another waits to share it."""
-        for waiting in list(islice(self._waiting, len(self._slots))):
+        for waiting in list(islice(self._waiting, len(self.slots))):
             if not self.n_free:
                 return
             id, request = waiting
-            if (place := self._place(request.tokens)) is not None:
-                slot, source, n = place
-                n_held = self._prepare(slot, source, n)
+            if (taken := self.slots.take(request.tokens)) is not None:
                 self._waiting.remove(waiting)
-                self._start(slot, id, request, n_held)
+                self._start(*taken, id, request)
 
-    def _place(self, prompt: Sequence[int]) -> tuple[_Slot, _Slot, int] | None:
-        """A free slot for a prompt, the slot whose tokens it takes over, and how many; None to wait for them."""
-        free = [slot for slot in self._slots if slot.running is None]
-        oldest = min(free, key=lambda slot: (bool(slot.held), slot.used_at))
-        readers = [running for _, running in self._running() if self.shares and not running.is_read]
-        holders = [slot for slot in self._slots if slot.running is None or (self.shares and slot.running.is_read)]
-        source = max(holders, key=lambda slot: (self._reusable(slot, prompt), -len(slot.held)))
-        n = self._reusable(source, prompt)
-        if any(self._gain(reader.request.tokens, prompt) > n for reader in readers):
-            return None
-        return (source if _is_taken_over(source, n, oldest) else oldest), source, n
-
-    def _reusable(self, slot: _Slot, prompt: Sequence[int]) -> int:
-        """How many of its tokens a prompt may begin with. Where memory forgets, all or none."""
-        if self.shares:
-            return slot.prefix.reusable(slot.held, prompt)
-        n = len(slot.held)
-        return n if n < len(prompt) and list(prompt[:n]) == slot.held else 0
-
-    def _gain(self, other: Sequence[int], prompt: Sequence[int]) -> int:
-        """How many of its tokens a prompt may begin with once another one has been read."""
-        n = len(other) - 1
-        return Prefix(self._n_batch, canonical=n, usable=n).reusable(other, prompt)
-
-    def _prepare(self, slot: _Slot, source: _Slot, n: int) -> int:
-        """Has the slot hold the first n tokens of the source and nothing else; returns how many it does hold."""
-        if n == 0 or source is slot:
-            keeps = n == len(slot.held) or self._runner.forget(slot.seq_id, n)
-        else:
-            self._runner.forget(slot.seq_id, 0)
-            keeps = self._runner.share(source.seq_id, slot.seq_id, n)
-        n = n if keeps else 0
-        slot.held, slot.prefix = source.held[:n], replace(source.prefix)
-        slot.prefix.truncated(n)
-        return n
-
-    def _start(self, slot: _Slot, id: int, request: Request, n_held: int) -> None:
+    def _start(self, slot: Slot, n_held: int, id: int, request: Request) -> None:
         limit = min(request.n_predict, self._n_ctx - len(request.tokens))
         sampler = (request.sampling or self.sampling).chain(request.seed)
         settings = request.settings or self.settings
-        slot.running = _Running(id, request, settings, limit, sampler, list(request.tokens[n_held:]))
-
-    def _release(self, slot: _Slot) -> None:
-        if slot.running is not None:
-            slot.running.sampler.close()
-            slot.running, slot.used_at = None, self._n_steps
+        slot.running = Running(id, request, settings, limit, sampler, list(request.tokens[n_held:]))
 
     # What is decoded
 
@@ -279,13 +195,13 @@ class Scheduler:
         parts = self._parts()
         return [
             Chunk(slot.seq_id, each.pending[: parts[each.id]], len(slot.held), each.settings if each.is_read else None)
-            for slot, each in self._running()
+            for slot, each in self.slots.running
             if parts[each.id]
         ]
 
     def _parts(self) -> dict[int, int]:
         """How many tokens each running request decodes, by its id."""
-        running = list(self._running())
+        running = self.slots.running
         parts = {each.id: 1 for _, each in running if each.is_read}
         room = min(self._runner.n_batch - len(parts), N_CHUNK if parts else self._runner.n_batch)
         for slot, each in sorted(running, key=lambda one: one[1].id):
@@ -294,43 +210,31 @@ class Scheduler:
                 room -= parts[each.id]
         return parts
 
-    def _part(self, slot: _Slot, running: _Running, room: int) -> int:
-        """How much of a prompt is read next: batches begin at multiples of `BLOCK`."""
+    def _part(self, slot: Slot, running: Running, room: int) -> int:
+        """How much of a prompt is read next: batches begin at multiples of `BLOCK`, see `prefix`."""
         start = len(slot.held)
         n = cuts(start, len(running.pending), self._n_batch)[0]
         return n if n <= room else max((start + room) // BLOCK * BLOCK - start, 0)
-
-    def _running(self) -> Iterator[tuple[_Slot, _Running]]:
-        return ((slot, slot.running) for slot in self._slots if slot.running is not None)
-
-    def _note(self, chunks: Sequence[Chunk]) -> None:
-        """What the memory holds after a decode."""
-        for chunk in chunks:
-            slot, n = self._slots[chunk.seq_id], len(chunk.tokens)
-            slot.prefix.decoded(chunk.n_past, n, protects=True)
-            slot.held += chunk.tokens
-            if slot.running is not None:
-                slot.running.pending = slot.running.pending[n:]
 
     # What comes of it
 
     def _emit(self, rows: Sequence[Row]) -> list[Event]:
         events = list[Event]()
-        ended = list[tuple[_Slot, _Running, str]]()
+        ended = list[tuple[Slot, Running, str]]()
         for row in rows:
-            slot = self._slots[row.seq_id]
+            slot = self.slots[row.seq_id]
             if (running := slot.running) is None:
                 continue
             if row.error is not None:
                 events.append(Failed(running.id, row.error))
-                self._release(slot)
+                self.slots.release(slot)
             else:
                 events += self._sample(running, row)
                 if (reason := self._reason(running)) is not None:
                     ended.append((slot, running, reason))
         return [*events, *(self._end(*each) for each in ended)]  # last: doses take the place of the step's rows
 
-    def _sample(self, running: _Running, row: Row) -> list[Event]:
+    def _sample(self, running: Running, row: Row) -> list[Event]:
         token = int(running.sampler.sample(self._runner.context, row.index))
         lockstep = self._runner.lockstep
         running.sampled.append(token)
@@ -342,32 +246,22 @@ class Scheduler:
     def _is_end(self, token: int) -> bool:
         return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
 
-    def _reason(self, running: _Running) -> str | None:
+    def _reason(self, running: Running) -> str | None:
         if self._is_end(running.sampled[-1]):
             return "stop"
         return "length" if len(running.sampled) == running.limit else None
 
-    def _end(self, slot: _Slot, running: _Running, reason: str) -> Event:
+    def _end(self, slot: Slot, running: Running, reason: str) -> Event:
         request, sampled = running.request, running.sampled
-        self._release(slot)
+        self.slots.release(slot)
         try:
             dose = self._dose(slot, request, sampled) if request.dosed else None
         except ProxyError as error:
             return Failed(running.id, error)
         return Ended(running.id, Completion(request.index, sampled[: len(sampled) - (reason == "stop")], reason, dose))
 
-    def _dose(self, slot: _Slot, request: Request, sampled: Sequence[int]) -> float:
+    def _dose(self, slot: Slot, request: Request, sampled: Sequence[int]) -> float:
         lockstep = self._runner.lockstep
         assert lockstep is not None, "submit refuses others"
         doses = lockstep.doses(slot.seq_id, len(request.tokens), sampled)
         return math.fsum(doses) / len(doses)
-
-
-def _is_taken_over(source: _Slot, n: int, oldest: _Slot) -> bool:
-    """Whether a prompt goes on in the source itself, of which it uses n tokens; a copy of them goes into the oldest.
-
-    One that says what was held and more does. One that uses half does, rather than that another is given up for it.
-    """
-    if source.running is not None or n == 0:
-        return False
-    return n == len(source.held) or (bool(oldest.held) and 2 * n >= len(source.held))

@@ -100,7 +100,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Failed:
-    """A request whose protection could not be computed. No token of the step was emitted for it."""
+    """A request whose protection could not be computed, and no token of the step was emitted for it; or its dose."""
 
     id: int
     error: AdlocalError

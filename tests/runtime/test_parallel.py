@@ -186,7 +186,7 @@ def test_a_prompt_is_read_once(
         n_fed = sum(len(tokens) - (len(tokens) == asked[0].n_predict) for tokens in found.values())
         assert len(decoded) == len(asked[0].tokens) + 2 + n_fed
         decoded.clear()
-        llm.scheduler.shares = False
+        llm.scheduler.slots.shares = False
         assert {each.index: each.tokens for each in llm.generate(asked, Sampling())} == found
         assert len(decoded) == 3 * len(asked[0].tokens) + n_fed
 
@@ -197,7 +197,7 @@ def test_what_forgets_is_not_shared(family: str, teacher: Path, tmp_path: Path) 
     path = tmp_path / f"{family}.gguf"
     export_directory(families.save(families.family_model(family), tmp_path / family), teacher, path)
     with closing(ParallelLlama(path, n_ctx=N_CTX_PROXY, n_parallel=2, n_threads=1)) as llm:
-        assert llm.scheduler.shares == (family == "llama")
+        assert llm.scheduler.slots.shares == (family == "llama")
         again = [replace(SHORT[1], index=i) for i in range(2)]
         one, other = llm.generate(again, Sampling())
         assert one.tokens == other.tokens

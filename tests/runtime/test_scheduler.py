@@ -574,7 +574,7 @@ def test_what_forgets_is_gone_on_from_only(
     path, bundle = forgetting
     model, bundle = (path if paired != "proxies" else teacher), (bundle if paired != "teacher" else tiny_bundle)
     llm = opened(path=model, bundle=bundle, n_parallel=n_parallel)
-    assert not llm.scheduler.shares
+    assert not llm.scheduler.slots.shares
     run = Run(llm.scheduler)
     how: dict[str, Any] = {"bundle": bundle, "strength": 1.0, "n_ctx": N_CTX_PROXY, "verbose": False, **exact_kernels}
     with closing(AntidistillationLlama(str(model), **how)) as alone:
