@@ -94,7 +94,7 @@ void translate(Real & r) {
         refuse(r.path, "llama_context_params", size, sizeof(llama_context_params));
     }
     r.defaults = reinterpret_cast<HostDefaults>(defaults);
-    r.init     = reinterpret_cast<HostInit>(r.table.llama_init_from_model);
+    r.init     = reinterpret_cast<HostInit>(reinterpret_cast<void *>(r.table.llama_init_from_model));
     r.table.llama_context_default_params = defaults_in_ours;
     r.table.llama_init_from_model        = init_in_ours;
 }

@@ -46,7 +46,7 @@ void * find_symbol(void * handle, const char * name) {
 // at the end does. So nothing may be left to do after it.
 extern "C" __attribute__((visibility("default"), noinline)) void * dlsym(void * handle, const char * name) {
     const plugin::Dlsym next = plugin::c_librarys();
-    if (handle != RTLD_NEXT && handle != RTLD_DEFAULT && name != nullptr && plugin::is_guarded(name) && next(handle, name) != nullptr) {
+    if (handle != RTLD_NEXT && handle != RTLD_DEFAULT && plugin::is_guarded(name) && next(handle, name) != nullptr) {
         return next(RTLD_DEFAULT, name); // ours: preloaded libraries come first
     }
     return next(handle, name);

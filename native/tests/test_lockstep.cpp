@@ -647,6 +647,43 @@ TEST(a_restored_state_waits) {
     check_row(step, 0, step.held[0], protect(2.0, 0.0));
 }
 
+TEST(a_restored_state_waits_at_its_own_positions) {
+    models::install();
+    Step step;
+    CHECK_EQ(step.append(1, {models::BOS, 7, 9}, protect()), ADL_OK);
+    Tokens                 tokens(8);
+    std::vector<llama_pos> pos(8, -1);
+    CHECK_EQ(adl_lockstep_get_tokens(step.lockstep, 1, tokens.data(), pos.data(), 2), 3u); // no more than there is room for
+    CHECK_EQ(pos[1], 1);
+    CHECK_EQ(pos[2], -1);
+    CHECK_EQ(adl_lockstep_get_tokens(step.lockstep, 1, tokens.data(), pos.data(), 8), 3u);
+    CHECK(std::equal(tokens.begin(), tokens.begin() + 3, step.held[1].begin()));
+    CHECK_EQ(adl_lockstep_get_tokens(step.lockstep, 3, nullptr, nullptr, 0), 0u);
+
+    Batch batch(Tokens{models::BOS, 5, 6, 8});
+    CHECK_EQ(llama_decode(step.context, batch.get()), 0);
+    llama_memory_seq_rm(llama_get_memory(step.context), 0, 1, 2); // with a hole, as a text that was cut in the middle has
+    const llama_token at[]    = {models::BOS, 6, 8};
+    const llama_pos   where[] = {0, 2, 3};
+    CHECK_EQ(adl_lockstep_restore(step.lockstep, 0, at, where, 3, 0), ADL_OK);
+    CHECK_EQ(adl_lockstep_get_tokens(step.lockstep, 0, tokens.data(), pos.data(), 8), 3u);
+    CHECK(std::equal(pos.begin(), pos.begin() + 3, where));
+    Batch next, early;
+    next.add(9, 4, {0}, true), early.add(9, 4, {0}, true);
+    const adl_row_params off = {0.0, 0.0, ADL_MODE_OFF, false};
+    CHECK_EQ(step.decode(next, {off}), ADL_OK);
+    CHECK_EQ(step.decode(early, {off}), ADL_ERROR_PROXY); // a position that it has
+}
+
+TEST(rows_that_a_host_asked_for_by_itself_are_closed) {
+    models::install();
+    Step step;
+    CHECK_EQ(step.append(0, {models::BOS, 7}, protect(0.0)), ADL_OK);
+    CHECK(!models::is_closed(step.row(0)));
+    adl_lockstep_close(step.lockstep, 1);
+    CHECK(models::is_closed(step.row(0)));
+}
+
 TEST(what_is_no_step_is_refused) {
     models::install();
     Step                 step;

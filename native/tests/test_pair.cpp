@@ -343,6 +343,28 @@ TEST(what_a_pair_says_of_itself) {
     CHECK(adl_pair_get_logits(host.pair, ADL_MINUS) == llama_get_logits(adl_pair_get_context(host.pair, ADL_MINUS)));
 }
 
+TEST(pairs_over_the_same_weights) {
+    for (const char * dir : {models::DIR, models::ADAPTER_DIR}) {
+        models::install_adapter();
+        Host        host(models::params(), dir);
+        adl_pair *  other  = adl_pair_init_from_pair(host.pair, host.teacher, models::params());
+        Batch       batch(Tokens{models::BOS, 7, 9});
+        CHECK(other != nullptr);
+        CHECK(adl_pair_get_model(other, ADL_PLUS) == adl_pair_get_model(host.pair, ADL_PLUS));
+        CHECK(adl_pair_get_context(other, ADL_PLUS) != adl_pair_get_context(host.pair, ADL_PLUS));
+        CHECK_EQ(adl_pair_epsilon(other), adl_pair_epsilon(host.pair));
+        CHECK_EQ(adl_pair_decode(host.pair, batch.get()), 1);
+        const std::vector<float> expected(adl_pair_get_logits(host.pair, ADL_MINUS), adl_pair_get_logits(host.pair, ADL_MINUS) + models::N_PROXY);
+        adl_pair_free(host.pair); // the weights stay for the other one
+        host.pair = nullptr;
+        CHECK_EQ(adl_pair_n_rows(other), 0);
+        CHECK_EQ(adl_pair_decode(other, batch.get()), 1);
+        CHECK(std::equal(expected.begin(), expected.end(), adl_pair_get_logits(other, ADL_MINUS)));
+        adl_pair_free(other);
+        CHECK(adl_pair_init_from_pair(nullptr, host.teacher, models::params()) == nullptr);
+    }
+}
+
 TEST(parameters_are_passed_on) {
     install();
     const adl_llama llama = fake_llama_table();
