@@ -6,7 +6,7 @@ PARALLEL := $(BIN)/python -m pytest -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo lab check test test-native-sanitize test-native-tsan lint fidelity qualities ends-table bench-gradient \
-	batch-costs proxy-types cold-and-cached unified-memory clean
+	batch-costs proxy-types cold-and-cached unified-memory test-server clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -22,11 +22,11 @@ lab: setup  ## Train, protect and distil tiny models, and see what a copy is wor
 	@$(BIN)/python -m examples.lab quick
 
 check: lint  ## Run lint, types and all tests but the real model's and the laboratory's (3 minutes on 2 cores)
-	$(PARALLEL) -m "not real and not lab"
+	$(PARALLEL) -m "not real and not lab and not server"
 
 # The real model's tests use all cores themselves.
 test: lint  ## Run everything that CI runs: lint, types, tests
-	$(PARALLEL) -m "not real"
+	$(PARALLEL) -m "not real and not server"
 	$(BIN)/python -m pytest -m real
 
 # Builds the native tests with $(SANITIZERS) in build/$@ and runs them.
@@ -36,6 +36,10 @@ define run_native_tests
 	$(BIN)/cmake --build build/$@ --parallel
 	$(BIN)/ctest --test-dir build/$@ --output-on-failure
 endef
+
+test-server: setup  ## Install prebuilt engines and test them under adlocal run (needs npm for one of them)
+	@$(BIN)/python scripts/engines.py
+	$(BIN)/python -m pytest -m server
 
 test-native-sanitize: SANITIZERS := address,undefined
 test-native-sanitize: setup  ## Run the native tests under AddressSanitizer, LeakSanitizer and UBSan

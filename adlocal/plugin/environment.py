@@ -91,6 +91,6 @@ def environment(protection: Protection, before: Mapping[str, str]) -> dict[str, 
         "PID": os.getpid(),  # which the program keeps, and its children have not
         "ALLOW_MODELS": "\n".join(str(path.resolve()) for path in protection.allow_models) or None,
     }
-    kept = {name: value for name, value in before.items() if not name.startswith(_PREFIX)}
+    kept = {name: value for name, value in before.items() if name.removeprefix(_PREFIX) not in told}
     ours = {f"{_PREFIX}{name}": str(value) for name, value in told.items() if value is not None}
     return {**kept, **ours, "LD_PRELOAD": ":".join([os.fspath(library()), *others])}

@@ -1,0 +1,166 @@
+"""Prebuilt engines under `adlocal run`: xllamacpp's HTTP server and node-llama-cpp, as their registries have them.
+
+`make test-server` installs them into build/engines. Where they are not there these tests are skipped. The oracle is the
+drop-in, on a tiny model in F32: engines are compiled otherwise, and greedy text is the same to the token.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adlocal import AntidistillationLlama
+from support import tiny
+from support.paths import ROOT
+
+ENGINES = ROOT / "build" / "engines"
+STRENGTH, N = 3.0, 16
+PROMPTS = [[tiny.BOS, *text] for text in (b"3 + 4 =", b"a longer one, of some more tokens", b"x", b"and one more")]
+
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.skipif(sys.platform != "linux", reason="libraries are preloaded on Linux alone"),
+]
+
+XLLAMACPP = """
+import json, sys, threading, urllib.request
+import xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_parallel, params.port = sys.argv[1], int(sys.argv[2]), 0
+params.n_ctx = 256 * params.n_parallel
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.warmup = False
+server = xllamacpp.Server(params)
+prompts, found = json.loads(sys.argv[3]), {}
+def ask(i):
+    body = {"prompt": prompts[i], "n_predict": 16, "temperature": 0, "return_tokens": True, **json.loads(sys.argv[4])}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(server.listening_address + "/completion", json.dumps(body).encode(), headers)
+    found[i] = json.load(urllib.request.urlopen(request, timeout=100))["tokens"]
+threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(prompts))]
+for thread in threads:
+    thread.start()
+    if int(sys.argv[2]) == 1:
+        thread.join()
+for thread in threads:
+    thread.join()
+print("FOUND" + json.dumps([found[i] for i in range(len(prompts))]))
+"""
+
+NODE = """
+import {getLlama} from "node-llama-cpp";
+const [path, prompts] = [process.argv[2], JSON.parse(process.argv[3])];
+const llama = await getLlama({gpu: false, build: "never", progressLogs: false, logLevel: "error"});
+const model = await llama.loadModel({modelPath: path});
+const context = await model.createContext({contextSize: 256, threads: 1});
+const sequence = context.getSequence();
+const found = [];
+for (const prompt of prompts) {
+    await sequence.clearHistory();
+    const tokens = [];
+    for await (const token of sequence.evaluate(prompt, {temperature: 0})) {
+        tokens.push(token);
+        if (tokens.length === 16) break;
+    }
+    found.push(tokens);
+}
+console.log("FOUND" + JSON.stringify(found));
+await llama.dispose();
+"""
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama: Path, tiny_bundle: Path) -> dict[float, list[list[int]]]:
+    """What the drop-in says, by strength."""
+    kwargs: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    with closing(AntidistillationLlama(str(tiny_llama), bundle=tiny_bundle, **kwargs)) as llm:
+        said = {
+            strength: [list(itertools.islice(llm.generate(p, temp=0.0, strength=strength), N)) for p in PROMPTS]
+            for strength in (0.0, STRENGTH)
+        }
+    assert said[0.0] != said[STRENGTH]
+    assert not any(tiny.EOS in tokens for each in said.values() for tokens in each), "an engine would stop there"
+    return said
+
+
+def run(program: Sequence[object], bundle: Path | None, *options: object, **environment: str) -> list[list[int]]:
+    """What a program found; under protection with a bundle."""
+    own = [sys.executable, "-m", "adlocal", "run", "--bundle", bundle, *options, "--"] if bundle else []
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(list(map(str, [*own, *program])), capture_output=True, timeout=150, env=variables)
+    lines = [line for line in done.stdout.decode(errors="replace").splitlines() if line.startswith("FOUND")]
+    assert lines, done.stderr.decode(errors="replace")[-2000:]
+    found: list[list[int]] = json.loads(lines[0].removeprefix("FOUND"))
+    return found
+
+
+@pytest.fixture
+def xllamacpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The command that starts its server and asks it."""
+    if not (ENGINES / "python" / "xllamacpp").exists():
+        pytest.skip("needs xllamacpp; run `make test-server`")
+    monkeypatch.setenv("PYTHONPATH", str(ENGINES / "python"))
+    path = tmp_path / "ask.py"
+    path.write_text(XLLAMACPP)
+    return [sys.executable, str(path)]
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> list[str]:
+    """The command that starts a program on node-llama-cpp."""
+    program = shutil.which("node")
+    if program is None or not (ENGINES / "node" / "node_modules" / "node-llama-cpp").exists():
+        pytest.skip("needs Node and node-llama-cpp; run `make test-server`")
+    path = ENGINES / "node" / f"{tmp_path.name}.mjs"
+    path.write_text(NODE)
+    return [program, str(path)]
+
+
+@pytest.mark.parametrize("n_parallel", [1, 4])
+def test_the_server_of_xllamacpp_is_protected(
+    n_parallel: int,
+    xllamacpp: list[str],
+    tiny_llama: Path,
+    tiny_bundle: Path,
+    expected: dict[float, list[list[int]]],
+) -> None:
+    """One request after the other, and four at a time."""
+    program = [*xllamacpp, tiny_llama, n_parallel, json.dumps(PROMPTS), "{}"]
+    assert run(program, None) == expected[0.0]
+    assert run(program, tiny_bundle, "--strength", 0) == expected[0.0]
+    assert run(program, tiny_bundle, "--strength", STRENGTH) == expected[STRENGTH]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"backend_sampling": True}, {"n_probs": 3}, {"cache_prompt": False}, {"samplers": ["temperature", "top_k"]}],
+    ids=lambda parameters: next(iter(parameters)),
+)
+def test_no_parameter_of_a_request_turns_protection_off(
+    parameters: dict[str, Any],
+    xllamacpp: list[str],
+    tiny_llama: Path,
+    tiny_bundle: Path,
+    expected: dict[float, list[list[int]]],
+) -> None:
+    program = [*xllamacpp, tiny_llama, 1, json.dumps(PROMPTS), json.dumps(parameters)]
+    assert run(program, tiny_bundle, "--strength", STRENGTH) == expected[STRENGTH]
+
+
+def test_a_program_on_node_llama_cpp_is_protected(
+    node: list[str], tiny_llama: Path, tiny_bundle: Path, expected: dict[float, list[list[int]]]
+) -> None:
+    program = [*node, tiny_llama, json.dumps(PROMPTS)]
+    assert run(program, None) == expected[0.0]
+    assert run(program, tiny_bundle, "--strength", 0) == expected[0.0]
+    assert run(program, tiny_bundle, "--strength", STRENGTH) == expected[STRENGTH]
