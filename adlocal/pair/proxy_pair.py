@@ -235,10 +235,6 @@ class ProxyPair(TextAnalysis):
             raise error
         return n_rows
 
-    def remove_sequence(self, seq_id: int) -> None:
-        """Forgets all tokens of one sequence, for callers of `decode_sequences`."""
-        self._lib.adl_pair_memory_seq_rm(self.handle, seq_id, -1, -1)
-
     def sync(self, tokens: Sequence[int]) -> None:
         """Makes the memory hold exactly `tokens`: keeps the common prefix, drops the rest, decodes what is new."""
         if self._known_at != self.serial:
