@@ -116,6 +116,7 @@ class AntidistillationLlama(SafeLlama):
             raise
         self._stack.callback(pair.close)
         self._lockstep = LockstepContext(self._ctx, pair, settings, full=full)
+        self._stack.callback(self._lockstep.close)  # before the pair
         self._n_ctx = len(self.input_ids)  # llama.cpp rounds n_ctx up, Llama's own buffers do not
         self._ctx = self._lockstep  # type: ignore[assignment]  # it offers what Llama asks of a context
         self.pair = pair

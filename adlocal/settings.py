@@ -52,13 +52,13 @@ class Settings:
 
 
 def resolve(
-    bundle: Bundle, teacher: str | os.PathLike[str], strength: float | str | None, guard: float | None
+    bundle: Bundle, teacher: str | os.PathLike[str] | None, strength: float | str | None, guard: float | None
 ) -> Settings:
     """The settings that a caller asks for, with what is left open from the calibration, or from the defaults.
 
     Args:
         bundle: as it lies in its directory.
-        teacher: the teacher's GGUF.
+        teacher: the teacher's GGUF; None where it is not known yet, and a calibration is taken for its own.
         strength: nats; "calibrated"; or None, the calibrated one if there is one, else 1.
         guard: a share; or None, the calibrated one if there is one, else 0.05.
 
@@ -75,7 +75,7 @@ def resolve(
             where = bundle.directory
             raise InputError(f"strength={CALIBRATED!r}: bundle {where} has no calibration; {REMEDY.format(where)}")
         return asked
-    if calibration.teacher != teacher_identity(teacher):
+    if teacher is not None and calibration.teacher != teacher_identity(teacher):
         raise InputError(
             f"bundle {bundle.directory} was calibrated for another teacher than {teacher}; give strength and guard, "
             f"or {REMEDY.format(bundle.directory)}"

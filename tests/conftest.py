@@ -163,9 +163,11 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Iterator[Cli]:
 
 
 @pytest.fixture
-def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
+def faults() -> Iterator[Faults]:
     """Breaks proxies of pairs that are opened after it."""
-    return Faults(monkeypatch)
+    faults = Faults()
+    with faults.installed():
+        yield faults
 
 
 @pytest.fixture

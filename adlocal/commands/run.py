@@ -10,7 +10,7 @@ import sys
 from ..bundle import Bundle
 from ..errors import InputError
 from ..plugin import Protection, environment
-from ..plugin.environment import chosen
+from ..settings import resolve
 
 
 def run(args: argparse.Namespace) -> None:
@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> None:
     bundle = Bundle.open(args.bundle)
     protection = Protection(
         bundle,
-        chosen(bundle, args.strength, args.guard),
+        resolve(bundle, None, args.strength, args.guard),  # which teacher it loads, the program alone knows
         epsilon=args.epsilon,
         observe=args.observe,
         proxy_n_threads=args.proxy_threads,

@@ -63,6 +63,10 @@ class LockstepContext:
             )
         return getattr(self._teacher, name)
 
+    def close(self) -> None:
+        """Frees the lockstep, before the pair is closed; the teacher's context stays its owner's."""
+        self._step.close()
+
     @property
     def in_force(self) -> tuple[Settings, float]:
         """All that an adjustment depends on besides the logits: the settings, and the pair's ε."""

@@ -37,7 +37,11 @@ class Lockstep:
         if handle is None:
             raise native.error()
         self._handle = handle
-        weakref.finalize(self, self._lib.adl_lockstep_free, handle)
+        self._free = weakref.finalize(self, self._lib.adl_lockstep_free, handle)
+
+    def close(self) -> None:
+        """Frees it; to be done before the pair is closed."""
+        self._free()
 
     def decode(self, batch: Any, rows: Sequence[native.RowParams]) -> Sequence[native.RowResult]:
         """The teacher's `llama_decode`, and the pair's where a row has a choice; adjusts rows in place.

@@ -10,7 +10,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp._internals import LlamaBatch, LlamaContext
 
-from ..errors import AdlocalError
+from ..errors import AdlocalError, InputError
 from ..llamacpp import native
 from ..pair import ProxyPair, Rows
 from ..settings import Settings
@@ -92,7 +92,9 @@ class Runner:
         self._contexts = [context.ctx, *(each for pair in pairs for each in pair.contexts)]
 
     def close(self) -> None:
-        """Frees what is its own."""
+        """Frees what is its own, before the pairs are closed."""
+        for each in self._locksteps:
+            each.close()
         self._batch.close()
 
     @property
@@ -171,6 +173,16 @@ class Runner:
         teacher = np.ctypeslib.as_array(logits, (n_rows, self._n_vocab))
         proxies = [each.proxies(n_rows) for each in self._locksteps] if are_evaluated else []
         adjuster(Evaluated(teacher, proxies, self._pairs))
+
+    def doses(self, seq_id: int, position: int, tokens: Sequence[int]) -> list[float]:
+        """As `Lockstep.doses`, by the first pair.
+
+        Raises:
+            InputError: there is none.
+        """
+        if self.lockstep is None:
+            raise InputError("dosed=True: a dose is measured by a bundle's proxies; give one")
+        return self.lockstep.doses(seq_id, position, tokens)
 
     def forget(self, seq_id: int, n: int) -> bool:
         """Keeps the first n tokens of a sequence; False, and nothing is kept, where memory cannot forget a part."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from itertools import islice
 
 import llama_cpp
@@ -24,6 +24,16 @@ from .slots import Running, Slot, Slots
 
 #: The most tokens of prompts in a step in which others are given a token, so that these do not wait for long.
 N_CHUNK = 128
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A request that no sequence has been given to, with what it is answered under: its own, or the scheduler's."""
+
+    id: int
+    request: Request
+    settings: Settings
+    sampling: Sampling
 
 
 class Scheduler:
@@ -68,7 +78,7 @@ class Scheduler:
         self._runner, self._n_ctx = runner, n_ctx
         self._vocab = llama_cpp.llama_model_get_vocab(runner.context.model.model)
         self._n_batch = whole_blocks(runner.n_batch)
-        self._waiting: deque[tuple[int, Request]] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._cancelled: list[Ended] = []
         self._n_submitted = 0
 
@@ -103,26 +113,24 @@ class Scheduler:
             InputError: it has no prompt, no token to predict, a prompt that fills the context or is of another
                 vocabulary, or asks for protection or a dose where there is no bundle.
         """
-        settings, sampling = request.settings or self.settings, request.sampling or self.sampling
-        request = replace(request, settings=settings, sampling=sampling)
-        self._check(request)
+        settings = request.settings or self.settings
+        self._check(request, settings.strength)
         if self.n_waiting >= self.max_waiting:
             raise BusyError(f"{self.n_waiting} requests wait already, max_waiting={self.max_waiting}; try again later")
         self._n_submitted += 1
-        self._waiting.append((self._n_submitted, request))
+        self._waiting.append(_Waiting(self._n_submitted, request, settings, request.sampling or self.sampling))
         return self._n_submitted
 
-    def _check(self, request: Request) -> None:
+    def _check(self, request: Request, strength: float) -> None:
         n, n_vocab = len(request.tokens), llama_cpp.llama_vocab_n_tokens(self._vocab)
         if not 0 < n < self._n_ctx or request.n_predict < 1:
             raise InputError(
                 f"a prompt of {n} tokens and n_predict={request.n_predict}: give at least one of each, and a prompt "
                 f"shorter than the context of {self._n_ctx}"
             )
-        strangers = [token for token in request.tokens if not 0 <= token < n_vocab]
-        if strangers:
-            raise InputError(f"token {strangers[0]}: the vocabulary has 0 to {n_vocab - 1}; give ids of this model")
-        strength = request.settings.strength if request.settings else 0.0
+        stranger = next((token for token in request.tokens if not 0 <= token < n_vocab), None)
+        if stranger is not None:
+            raise InputError(f"token {stranger}: the vocabulary has 0 to {n_vocab - 1}; give ids of this model")
         if self._runner.lockstep is None and (strength > 0 or request.dosed):
             raise InputError(f"strength={strength:g}, dosed={request.dosed}: they act through a bundle; give one")
 
@@ -131,9 +139,9 @@ class Scheduler:
 
         The next step tells, with what it was given so far. One that has ended is left alone.
         """
-        for waiting in [each for each in self._waiting if each[0] == id]:
+        for waiting in [each for each in self._waiting if each.id == id]:
             self._waiting.remove(waiting)
-            self._cancelled.append(Ended(id, Completion(waiting[1].index, [], "cancelled")))
+            self._cancelled.append(Ended(id, Completion(waiting.request.index, [], "cancelled")))
         for slot, running in self.slots.running:
             if running.id == id:
                 self.slots.release(slot)
@@ -177,16 +185,15 @@ class Scheduler:
         for waiting in list(islice(self._waiting, len(self.slots))):
             if not self.n_free:
                 return
-            id, request = waiting
-            if (taken := self.slots.take(request.tokens)) is not None:
+            if (taken := self.slots.take(waiting.request.tokens)) is not None:
                 self._waiting.remove(waiting)
-                self._start(*taken, id, request)
+                self._start(*taken, waiting)
 
-    def _start(self, slot: Slot, n_held: int, id: int, request: Request) -> None:
+    def _start(self, slot: Slot, n_held: int, waiting: _Waiting) -> None:
+        request = waiting.request
         limit = min(request.n_predict, self._n_ctx - len(request.tokens))
-        sampler = (request.sampling or self.sampling).chain(request.seed)
-        settings = request.settings or self.settings
-        slot.running = Running(id, request, settings, limit, sampler, list(request.tokens[n_held:]))
+        sampler, pending = waiting.sampling.chain(request.seed), list(request.tokens[n_held:])
+        slot.running = Running(waiting.id, request, waiting.settings, limit, sampler, pending)
 
     # What is decoded
 
@@ -261,7 +268,5 @@ class Scheduler:
         return Ended(running.id, Completion(request.index, sampled[: len(sampled) - (reason == "stop")], reason, dose))
 
     def _dose(self, slot: Slot, request: Request, sampled: Sequence[int]) -> float:
-        lockstep = self._runner.lockstep
-        assert lockstep is not None, "submit refuses others"
-        doses = lockstep.doses(slot.seq_id, len(request.tokens), sampled)
+        doses = self._runner.doses(slot.seq_id, len(request.tokens), sampled)
         return math.fsum(doses) / len(doses)

@@ -52,7 +52,7 @@ _p, _i32, _u32, _f64, _bool, _str = (
 )
 _floats = ctypes.POINTER(ctypes.c_float)
 
-_replaced: dict[str, int] = {}
+_replaced: dict[str, int | None] = {}
 
 
 class BundleStruct(ctypes.Structure):
@@ -205,7 +205,7 @@ def library() -> Any:
     Raises:
         NativeError: it was not built, or belongs to another version of adlocal or of llama.cpp.
     """
-    path = _find()
+    path = find(FILE_NAME)
     try:
         lib = ctypes.CDLL(str(path))
         for name, (result, arguments) in _PROTOTYPES.items():
@@ -221,12 +221,16 @@ def library() -> Any:
     return lib
 
 
-def _find() -> Path:
-    """The library lies beside the package's modules; in an editable installation, beside where they would be."""
+def find(file_name: str) -> Path:
+    """A native library lies beside the package's modules; in an editable installation, beside where they would be.
+
+    Raises:
+        NativeError: it was not built.
+    """
     for directory in sys.modules["adlocal"].__path__:
-        if (path := Path(directory) / FILE_NAME).exists():
+        if (path := Path(directory) / file_name).exists():
             return path
-    raise NativeError(f"the native library {FILE_NAME} is not there; {_REMEDY}")
+    raise NativeError(f"the native library {file_name} is not there; {_REMEDY}")
 
 
 def llama_table(lib: Any) -> ctypes.Structure:
@@ -244,14 +248,14 @@ def llama_table(lib: Any) -> ctypes.Structure:
 
 
 @contextmanager
-def replaced(function: str, by: int) -> Iterator[None]:
-    """Pairs that are loaded in this scope are given the function at address `by` in the place of llama.cpp's.
+def replaced(function: str, by: Any) -> Iterator[None]:
+    """Pairs that are loaded in this scope are given another function in the place of llama.cpp's.
 
     Args:
         function: llama.cpp's name of it.
-        by: the address of one of the same type, which has to stay there for as long as such a pair lives.
+        by: a ctypes callback of the same type, which has to live for as long as such a pair does.
     """
-    _replaced[function] = by
+    _replaced[function] = ctypes.cast(by, ctypes.c_void_p).value
     try:
         yield
     finally:

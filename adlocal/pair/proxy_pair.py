@@ -221,18 +221,13 @@ class ProxyPair(TextAnalysis):
             ProxyError: llama.cpp refused the batch in either proxy. The memory is cleared: `sync` starts afresh.
         """
         tokens = self.tokens
-        n_rows = self.decode_sequences(batch)
-        tokens += batch.batch.token[: batch.batch.n_tokens]
-        self._know(tokens)
-        return n_rows
-
-    def decode_sequences(self, batch: LlamaBatch) -> int:
-        """As `decode`, for a batch of any sequences, by a caller who keeps account of them: `tokens` knows of none."""
         n_rows = int(self._lib.adl_pair_decode(self.handle, batch.batch))
         if n_rows < 0:
             error = native.error()
             self.clear()
             raise error
+        tokens += batch.batch.token[: batch.batch.n_tokens]
+        self._know(tokens)
         return n_rows
 
     def sync(self, tokens: Sequence[int]) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..bundle import Bundle
-from ..bundle.calibration import Calibration
-from ..errors import InputError, NativeError
+from ..errors import InputError
+from ..llamacpp import native
 from ..settings import Settings
 
 FILE_NAME = "libadlocal-plugin.so"
@@ -39,20 +39,6 @@ class Protection:
     allow_models: Sequence[Path] = ()
 
 
-def chosen(bundle: Bundle, strength: float | str | None, guard: float | None) -> Settings:
-    """The settings that were asked for; what is left open is the calibration's, else the default.
-
-    Which teacher the program will load is not known yet, so a calibration is taken for that teacher's.
-    """
-    calibration = Calibration.open(bundle)
-    if strength == "calibrated":
-        if calibration is None:
-            raise InputError(f"--strength calibrated: bundle {bundle.directory} has no calibration; give nats")
-        strength = None
-    base = Settings(calibration.strength, calibration.guard) if calibration else Settings()
-    return base.but(None if strength is None else float(strength), guard)
-
-
 def library() -> Path:
     """The library that is preloaded.
 
@@ -65,12 +51,7 @@ def library() -> Path:
             f"adlocal run preloads a library, which it can on Linux alone, not on {sys.platform}; use "
             "AntidistillationLlama in Python, or the C library"
         )
-    for directory in sys.modules["adlocal"].__path__:
-        if (path := Path(directory) / FILE_NAME).exists():
-            return path.resolve()
-    raise NativeError(
-        f"the native library {FILE_NAME} is not there; install adlocal again (`pip install .` compiles it)"
-    )
+    return native.find(FILE_NAME).resolve()
 
 
 def environment(protection: Protection, before: Mapping[str, str]) -> dict[str, str]:

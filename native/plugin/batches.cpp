@@ -14,8 +14,8 @@ std::map<const llama_batch_ext *, ShadowBatch> & shadows() {
 
 } // namespace
 
-void ShadowBatch::add(llama_seq_id seq_id, llama_token token, bool is_embedding) {
-    tokens_.push_back({token, -1, {seq_id}, false, is_embedding});
+void ShadowBatch::add(llama_seq_id seq_id, llama_token token) {
+    tokens_.push_back({token, -1, {seq_id}, false, token == LLAMA_TOKEN_NULL});
 }
 
 void ShadowBatch::add_sequence(int32_t i, llama_seq_id seq_id) {

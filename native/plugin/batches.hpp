@@ -12,7 +12,7 @@ namespace plugin {
 
 class ShadowBatch {
   public:
-    void add(llama_seq_id seq_id, llama_token token, bool is_embedding);
+    void add(llama_seq_id seq_id, llama_token token); // LLAMA_TOKEN_NULL for an embedding
     void add_sequence(int32_t i, llama_seq_id seq_id);
     void set_position(int32_t i, llama_pos pos);
     void set_output(int32_t i, bool value);

@@ -34,28 +34,43 @@ ADL_GUARD void llama_batch_ext_clear(llama_batch_ext * batch) {
     real().llama_batch_ext_clear(batch);
 }
 
-ADL_GUARD int32_t llama_batch_ext_add(llama_batch_ext * batch, llama_seq_id seq_id) {
-    const int32_t i = real().llama_batch_ext_add(batch, seq_id);
+namespace {
+
+// `i` is where llama.cpp put it, negative where it did not.
+int32_t added(int32_t i, llama_batch_ext * batch, llama_seq_id seq_id, llama_token id) {
     if (i >= 0) {
-        plugin::shadow_of(batch).add(seq_id, LLAMA_TOKEN_NULL, true);
+        plugin::shadow_of(batch).add(seq_id, id);
     }
     return i;
+}
+
+bool flagged(bool done, llama_batch_ext * batch, int32_t i, bool value) {
+    if (done) {
+        plugin::shadow_of(batch).set_output(i, value);
+    }
+    return done;
+}
+
+// Programs also say that there is none.
+bool embedded(bool done, llama_batch_ext * batch, int32_t i, const llama_embd & embd) {
+    if (embd.data != nullptr) {
+        plugin::shadow_of(batch).set_embedding(i);
+    }
+    return done;
+}
+
+} // namespace
+
+ADL_GUARD int32_t llama_batch_ext_add(llama_batch_ext * batch, llama_seq_id seq_id) {
+    return added(real().llama_batch_ext_add(batch, seq_id), batch, seq_id, LLAMA_TOKEN_NULL);
 }
 
 ADL_GUARD int32_t llama_batch_ext_add_token(llama_batch_ext * batch, llama_seq_id seq_id, llama_token id) {
-    const int32_t i = real().llama_batch_ext_add_token(batch, seq_id, id);
-    if (i >= 0) {
-        plugin::shadow_of(batch).add(seq_id, id, false);
-    }
-    return i;
+    return added(real().llama_batch_ext_add_token(batch, seq_id, id), batch, seq_id, id);
 }
 
 ADL_GUARD int32_t llama_batch_ext_add_embd(llama_batch_ext * batch, llama_seq_id seq_id, llama_embd embd) {
-    const int32_t i = real().llama_batch_ext_add_embd(batch, seq_id, embd);
-    if (i >= 0) {
-        plugin::shadow_of(batch).add(seq_id, LLAMA_TOKEN_NULL, true);
-    }
-    return i;
+    return added(real().llama_batch_ext_add_embd(batch, seq_id, embd), batch, seq_id, LLAMA_TOKEN_NULL);
 }
 
 ADL_GUARD bool llama_batch_ext_add_seq(llama_batch_ext * batch, int32_t i, llama_seq_id seq_id) {
@@ -67,33 +82,19 @@ ADL_GUARD bool llama_batch_ext_add_seq(llama_batch_ext * batch, int32_t i, llama
 }
 
 ADL_GUARD bool llama_batch_ext_set_embd_token(llama_batch_ext * batch, int32_t i, llama_embd embd) {
-    if (embd.data != nullptr) {
-        plugin::shadow_of(batch).set_embedding(i);
-    }
-    return real().llama_batch_ext_set_embd_token(batch, i, embd);
+    return embedded(real().llama_batch_ext_set_embd_token(batch, i, embd), batch, i, embd);
 }
 
 ADL_GUARD bool llama_batch_ext_set_embd_state(llama_batch_ext * batch, int32_t i, llama_embd embd) {
-    if (embd.data != nullptr) {
-        plugin::shadow_of(batch).set_embedding(i);
-    }
-    return real().llama_batch_ext_set_embd_state(batch, i, embd);
+    return embedded(real().llama_batch_ext_set_embd_state(batch, i, embd), batch, i, embd);
 }
 
 ADL_GUARD bool llama_batch_ext_set_output_embd(llama_batch_ext * batch, int32_t i, bool value) {
-    const bool done = real().llama_batch_ext_set_output_embd(batch, i, value);
-    if (done) {
-        plugin::shadow_of(batch).set_output(i, value);
-    }
-    return done;
+    return flagged(real().llama_batch_ext_set_output_embd(batch, i, value), batch, i, value);
 }
 
 ADL_GUARD bool llama_batch_ext_set_output_logits(llama_batch_ext * batch, int32_t i, bool value) {
-    const bool done = real().llama_batch_ext_set_output_logits(batch, i, value);
-    if (done) {
-        plugin::shadow_of(batch).set_output(i, value);
-    }
-    return done;
+    return flagged(real().llama_batch_ext_set_output_logits(batch, i, value), batch, i, value);
 }
 
 ADL_GUARD bool llama_batch_ext_set_pos(llama_batch_ext * batch, int32_t i, const llama_pos * pos) {

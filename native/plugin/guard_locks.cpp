@@ -23,11 +23,9 @@ ADL_GUARD void llama_set_embeddings(llama_context * context, bool value) {
     real().llama_set_embeddings(context, value);
 }
 
-// Without it every token sees every other: the pair's rows would be others.
 ADL_GUARD void llama_set_causal_attn(llama_context * context, bool value) {
-    Context * c = find(context);
-    if (c != nullptr && !value) {
-        c->poison("the program turns causal attention off, which the pair cannot follow");
+    if (Context * c = find(context)) {
+        c->set_causal(value);
     }
     real().llama_set_causal_attn(context, value);
 }

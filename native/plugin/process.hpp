@@ -52,6 +52,7 @@ class Context {
     float * closed_row() { return closed_.data(); }
 
     void set_embeddings(bool value) { embeddings_ = value; }
+    void set_causal(bool value) { causal_ = value; }
     bool embeddings() const { return embeddings_; }
 
     // Protection can no longer follow: no row is readable until the memory is cleared.
@@ -72,6 +73,7 @@ class Context {
     adl_lockstep *     lockstep_;
     std::vector<float> closed_;
     bool               embeddings_;
+    bool               causal_   = true; // without, every token sees every other: the pair's rows would be others
     bool               readable_ = false; // the last decode's rows were adjusted
     bool               poisoned_ = false;
 };
@@ -133,6 +135,10 @@ template <typename Decode>
 int32_t Context::step(const llama_batch & batch, Decode && decode) {
     readable_ = false;
     if (poisoned_) {
+        return -3;
+    }
+    if (!causal_) {
+        say("the program has turned causal attention off, which the pair cannot follow");
         return -3;
     }
     std::vector<int8_t> none(static_cast<size_t>(batch.n_tokens > 0 ? batch.n_tokens : 0), 0);

@@ -105,8 +105,8 @@ StrippedFile::StrippedFile(const char * path) {
     if (own == 0) {
         return;
     }
-    std::string name = std::string(path) + ".XXXXXX";
-    const int   fd   = mkstemp(name.data()); // beside it: as private as the file itself
+    std::string name = std::string(path) + "." + std::string(6, 'X');
+    const int   fd   = mkstemp(name.data()); // in place of the letters; beside it, as private as the file itself
     if (fd < 0) {
         return;
     }

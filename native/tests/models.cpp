@@ -179,6 +179,20 @@ Host::~Host() {
     llama_model_free(teacher);
 }
 
+Stepped::Stepped(const adl_pair_params & params, bool full) : Host(params) {
+    llama_context_params p = llama_context_default_params();
+    p.n_ctx = 512, p.n_batch = 64, p.n_seq_max = 4, p.kv_unified = true;
+    context                  = llama_init_from_model(teacher, p);
+    adl_lockstep_params with = adl_lockstep_default_params();
+    with.full                = full;
+    lockstep                 = adl_lockstep_init(pair, context, with);
+}
+
+Stepped::~Stepped() {
+    adl_lockstep_free(lockstep);
+    llama_free(context);
+}
+
 std::string batches(const adl_pair * pair, size_t n_before) {
     const std::vector<int32_t> plus = fake::batches(adl_pair_get_context(pair, ADL_PLUS));
     CHECK(plus == fake::batches(adl_pair_get_context(pair, ADL_MINUS)));

@@ -75,6 +75,15 @@ struct Host {
     adl_pair *    pair;
 };
 
+// A teacher's context beside it, of four sequences, and their lockstep.
+struct Stepped : Host {
+    explicit Stepped(const adl_pair_params & params = models::params(), bool full = false);
+    ~Stepped();
+
+    llama_context * context;
+    adl_lockstep *  lockstep;
+};
+
 // How many tokens each decode of the pair had, the same in both proxies: "32 5 1". Without the first `n_before`.
 std::string batches(const adl_pair * pair, size_t n_before = 0);
 

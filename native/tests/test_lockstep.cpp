@@ -15,20 +15,8 @@ namespace {
 
 constexpr double GUARD = 0.7; // lets two tokens or more pass in about half of the toy's rows
 
-// A teacher's context, a pair and their lockstep.
-struct Step : Host {
-    explicit Step(bool full = false, const adl_pair_params & of = models::params()) : Host(of) {
-        llama_context_params p = llama_context_default_params();
-        p.n_ctx = 512, p.n_batch = 64, p.n_seq_max = 4, p.kv_unified = true;
-        context                    = llama_init_from_model(teacher, p);
-        adl_lockstep_params params = adl_lockstep_default_params();
-        params.full                = full;
-        lockstep                   = adl_lockstep_init(pair, context, params);
-    }
-    ~Step() {
-        adl_lockstep_free(lockstep);
-        llama_free(context);
-    }
+struct Step : models::Stepped {
+    explicit Step(bool full = false, const adl_pair_params & of = models::params()) : Stepped(of, full) {}
 
     int32_t decode(Batch & batch, std::vector<adl_row_params> rows) {
         results.assign(rows.size(), {});
@@ -51,8 +39,6 @@ struct Step : Host {
     const float * row(int32_t i) { return llama_get_logits(context) + static_cast<size_t>(i) * models::N_TEACHER; }
     adl_lockstep_stats stats() { return adl_lockstep_get_stats(lockstep); }
 
-    llama_context *                context;
-    adl_lockstep *                 lockstep;
     std::vector<adl_row_result>    results;
     std::map<llama_seq_id, Tokens> held;
 };

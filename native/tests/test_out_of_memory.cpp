@@ -27,6 +27,12 @@ void for_every_failure(Body && body) {
     }
 }
 
+adl_pair_params unified() {
+    adl_pair_params p    = params();
+    p.context.kv_unified = true;
+    return p;
+}
+
 adl_pair_params with_mode(adl_concurrency mode) {
     adl_pair_params p   = params();
     p.concurrency       = mode;
@@ -191,12 +197,8 @@ TEST(decoding) {
 // A step that finds no memory leaves a row that is right or closed, and the next one goes on.
 TEST(a_protected_step) {
     install();
-    adl_pair_params of = params();
-    of.context.kv_unified = true;
     for_every_failure([&](int64_t first, bool all) {
-        Host                 host(of);
-        llama_context *      teacher  = llama_init_from_model(host.teacher, of.context);
-        adl_lockstep *       lockstep = adl_lockstep_init(host.pair, teacher, adl_lockstep_default_params());
+        Stepped              host(unified());
         const adl_row_params row      = {2.0, 0.0, ADL_MODE_PROTECT, false};
         adl_row_result       result   = {};
         Batch                batch({5, 6, 7}), next({8}, 3), again({5, 6, 7});
@@ -205,27 +207,25 @@ TEST(a_protected_step) {
         bool                 reached;
         {
             Plan plan(first, all);
-            status  = adl_lockstep_decode(lockstep, raw, &row, 1, &result);
+            status  = adl_lockstep_decode(host.lockstep, raw, &row, 1, &result);
             reached = plan.reached();
         }
-        const bool decoded = !fake::memory(teacher, 0).empty();
+        const bool decoded = !fake::memory(host.context, 0).empty();
         if (status != ADL_OK) {
             CHECK(status == ADL_ERROR_MEMORY || status == ADL_ERROR_PROXY);
-            CHECK(!decoded || models::is_closed(llama_get_logits(teacher)));
+            CHECK(!decoded || models::is_closed(llama_get_logits(host.context)));
         }
         if (!decoded) { // the batch was refused before
-            CHECK_EQ(adl_lockstep_decode(lockstep, raw_again, &row, 1, &result), ADL_OK);
+            CHECK_EQ(adl_lockstep_decode(host.lockstep, raw_again, &row, 1, &result), ADL_OK);
         }
-        CHECK_EQ(adl_lockstep_decode(lockstep, raw_next, &row, 1, &result), ADL_OK);
+        CHECK_EQ(adl_lockstep_decode(host.lockstep, raw_next, &row, 1, &result), ADL_OK);
         CHECK(result.evaluated && !result.closed);
         std::vector<float> z = fake::logits(models::TEACHER, {5, 6, 7, 8}), plus = fake::logits(PLUS, {5, 6, 7, 8}),
                            minus = fake::logits(MINUS, {5, 6, 7, 8});
         adl_row            expected;
         CHECK_EQ(adl_adjust(z.data(), N_TEACHER, plus.data(), minus.data(), N_PROXY, N_PROXY, TEACHER_ENDS, 2, EPSILON, 2.0 / DELTA_SCALE, 0.0, &expected),
                  ADL_OK);
-        CHECK(std::equal(z.begin(), z.end(), llama_get_logits(teacher)));
-        adl_lockstep_free(lockstep);
-        llama_free(teacher);
+        CHECK(std::equal(z.begin(), z.end(), llama_get_logits(host.context)));
         return reached;
     });
 }
@@ -233,34 +233,28 @@ TEST(a_protected_step) {
 // Doses of a text that find no memory are an error, and the next ones are there.
 TEST(doses_of_a_text) {
     install();
-    adl_pair_params of    = params();
-    of.context.kv_unified = true;
     for_every_failure([&](int64_t first, bool all) {
-        Host                 host(of);
-        llama_context *      teacher  = llama_init_from_model(host.teacher, of.context);
-        adl_lockstep *       lockstep = adl_lockstep_init(host.pair, teacher, adl_lockstep_default_params());
+        Stepped              host(unified());
         const adl_row_params row      = {2.0, 0.0, ADL_MODE_PROTECT, false};
         Batch                batch({5, 6, 7, 8});
-        CHECK_EQ(adl_lockstep_decode(lockstep, batch.get(), &row, 1, nullptr), ADL_OK);
+        CHECK_EQ(adl_lockstep_decode(host.lockstep, batch.get(), &row, 1, nullptr), ADL_OK);
         const Tokens tokens = {7, 8, 9};
         double       found[3], again[3];
         int32_t      status;
         bool         reached;
         {
             Plan plan(first, all);
-            status  = adl_lockstep_doses(lockstep, 0, 2, tokens.data(), 3, found);
+            status  = adl_lockstep_doses(host.lockstep, 0, 2, tokens.data(), 3, found);
             reached = plan.reached();
         }
         CHECK(status == ADL_OK || status == ADL_ERROR_MEMORY || status == ADL_ERROR_PROXY);
         CHECK(status == ADL_OK || reached);
-        CHECK_EQ(adl_lockstep_doses(lockstep, 0, 2, tokens.data(), 3, again), ADL_OK);
+        CHECK_EQ(adl_lockstep_doses(host.lockstep, 0, 2, tokens.data(), 3, again), ADL_OK);
         CHECK(status != ADL_OK || std::equal(found, found + 3, again));
         Batch             next({9}, 4);
         const llama_batch raw_next = next.get();
-        CHECK_EQ(adl_lockstep_decode(lockstep, raw_next, &row, 1, nullptr), ADL_OK);
+        CHECK_EQ(adl_lockstep_decode(host.lockstep, raw_next, &row, 1, nullptr), ADL_OK);
         check_row(host.pair, {5, 6, 7, 8, 9});
-        adl_lockstep_free(lockstep);
-        llama_free(teacher);
         return reached;
     });
 }

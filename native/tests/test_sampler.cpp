@@ -15,6 +15,15 @@ using namespace models;
 constexpr float  INF      = std::numeric_limits<float>::infinity();
 constexpr double STRENGTH = 1.5, GUARD = 0.05;
 
+// Clones the k-th sampler, with what a test keeps beside it, until there are six.
+template <typename Beside>
+void clone_one(std::vector<llama_sampler *> & samplers, std::vector<Beside> & beside, size_t k) {
+    if (samplers.size() < 6) {
+        samplers.push_back(llama_sampler_clone(samplers[k]));
+        beside.push_back(Beside(beside[k]));
+    }
+}
+
 struct Candidates {
     std::vector<llama_token_data> data;
     bool                          sorted = false; // as the sampler left it
@@ -404,10 +413,7 @@ TEST(lazy_logits_and_doses_are_eager_ones_over_a_random_walk) {
         const auto grammar = [every](Candidates & c) { c.drop([every](const llama_token_data & d) { return d.id % every != 0; }); };
         switch (random() % 5) {
             case 0:
-                if (samplers.size() < 5) {
-                    samplers.push_back(llama_sampler_clone(samplers[k]));
-                    eager.push_back(eager[k]);
-                }
+                clone_one(samplers, eager, k);
                 break;
             case 1:
             case 2:
@@ -685,10 +691,7 @@ TEST(clones_that_part_each_follow_their_own_text) {
         const size_t k = random() % samplers.size();
         switch (random() % 4) {
             case 0:
-                if (samplers.size() < 6) {
-                    samplers.push_back(llama_sampler_clone(samplers[k]));
-                    texts.push_back(texts[k]);
-                }
+                clone_one(samplers, texts, k);
                 break;
             case 1:
                 if (texts[k].size() < 100) {

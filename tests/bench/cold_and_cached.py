@@ -10,20 +10,17 @@ import sys
 import time
 from collections import Counter
 from contextlib import closing
-from pathlib import Path
 
 from adlocal import AntidistillationLlama
 from adlocal_convert.demo.smollm2 import demo_model
-from bench.ends_table import bundle
+from bench.ends_table import add_bundle, bundle
 from support.problems import cold_and_cached, encoded_problems
 
 
 def main() -> int:
     """Prints a row a strength. The exit status is 1 where any text differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--bundle", type=Path, metavar="DIR", help="default: one is made from 96 of the demo's problems"
-    )
+    add_bundle(parser)
     parser.add_argument("--prompts", type=int, default=50, metavar="N")
     parser.add_argument("-n", "--n-predict", type=int, default=48, metavar="N")
     parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 2.0, 6.0], metavar="NATS")

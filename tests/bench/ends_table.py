@@ -96,9 +96,7 @@ class Writer(ParallelLlama):
 def main() -> int:
     """Prints a row a way and strength."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--bundle", type=Path, metavar="DIR", help="default: one is made from 96 of the demo's problems"
-    )
+    add_bundle(parser)
     parser.add_argument("--prompts", type=int, default=16, metavar="N")
     parser.add_argument("-n", "--n-predict", type=int, default=32, metavar="N")
     parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 3.0, 10.0], metavar="NATS")
@@ -136,6 +134,13 @@ def line(writer: Writer, found: Sequence[Completion], prompts: str, way: str) ->
         f"{prompts:7}  {way:8}  {writer.strength:8g}  {np.mean([len(done.tokens) for done in found]):6.1f}  "
         f"{empty:5.0%}  {cut:5.0%}  {np.mean(writer.kls):8.3f}  {dose:+10.3f}  "
         f"{writer.end_after / writer.end_before:13.3f}"
+    )
+
+
+def add_bundle(parser: argparse.ArgumentParser) -> None:
+    """The argument that `bundle` takes."""
+    parser.add_argument(
+        "--bundle", type=Path, metavar="DIR", help="default: one is made from 96 of the demo's problems"
     )
 
 

@@ -63,15 +63,14 @@ def said(done: subprocess.CompletedProcess[str]) -> Any:
 @pytest.fixture(scope="module")
 def expected(tiny_llama: Path, tiny_bundle: Path) -> dict[float, list[list[int]]]:
     """What the drop-in says, by strength."""
-    kwargs: dict[str, Any] = {"n_ctx": 128, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
-    with closing(AntidistillationLlama(str(tiny_llama), bundle=tiny_bundle, guard=GUARD, **kwargs)) as llm:
-        return {
-            strength: [
-                list(itertools.islice(llm.generate(llm.tokenize(p.encode()), temp=0.0, strength=strength), N))
-                for p in PROMPTS
-            ]
-            for strength in (0.0, STRENGTH)
-        }
+    return {strength: drop_in(tiny_llama, {"bundle": tiny_bundle}, strength) for strength in (0.0, STRENGTH)}
+
+
+def drop_in(teacher: Path, own: dict[str, Any], strength: float) -> list[list[int]]:
+    """What it says to each prompt."""
+    kwargs: dict[str, Any] = {"n_ctx": 128, "n_threads": 1, "n_threads_batch": 1, "verbose": False, **own}
+    with closing(AntidistillationLlama(str(teacher), guard=GUARD, strength=strength, **kwargs)) as llm:
+        return [list(itertools.islice(llm.generate(llm.tokenize(p.encode()), temp=0.0), N)) for p in PROMPTS]
 
 
 def test_a_script_that_nobody_changed_is_protected(
@@ -87,9 +86,18 @@ def test_a_script_that_nobody_changed_is_protected(
     assert said(protected(tiny_bundle, program, "--strength", STRENGTH, "--observe")) == expected[0.0]
 
 
-def test_an_adapter_bundle_protects_as_well(tiny_llama: Path, adapter_bundle: Path, tmp_path: Path) -> None:
-    program = [*script(tmp_path, GENERATE), tiny_llama, *PROMPTS]
-    assert said(protected(adapter_bundle, program, "--strength", 6)) != said(start(program))
+def test_an_adapter_bundle_protects_at_the_epsilon_that_is_asked_for(
+    tiny_llama: Path, adapter_bundle: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """One so large that it shows; halves have their own."""
+    program, own = [*script(tmp_path, GENERATE), tiny_llama, *PROMPTS], {"bundle": adapter_bundle}
+    by_default, large = drop_in(tiny_llama, own, STRENGTH), drop_in(tiny_llama, {**own, "epsilon": 20.0}, STRENGTH)
+    assert by_default != large
+    assert said(protected(adapter_bundle, program, "--strength", STRENGTH)) == by_default
+    assert said(protected(adapter_bundle, program, "--strength", STRENGTH, "--epsilon", 20)) == large
+    refused = protected(tiny_bundle, program, "--epsilon", 20)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "epsilon=20: these halves were written at" in refused.stderr
 
 
 def test_several_contexts_share_one_pairs_weights(
@@ -204,9 +212,13 @@ LOCKED = {
         [False, -1e9],
     ),
     "non-causal attention": (
+        "def works():\n"
+        "    try:\n        return llm.eval(tokens) is None\n    except RuntimeError:\n        return False\n"
         "llama_cpp.llama_set_causal_attn(ctx, False)\n"
-        "try:\n    llm.eval(tokens)\n    print('null')\nexcept RuntimeError:\n    print('[\"closed\"]')",
-        ["closed"],
+        "found = [works()]\nllm.reset()\nllama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(ctx), True)\n"
+        "found.append(works())\nllama_cpp.llama_set_causal_attn(ctx, True)\n"
+        "print(json.dumps([*found, works()]))",
+        [False, False, True],
     ),
     "encode": (
         "llm._batch.set_batch(tokens, 0, True)\nprint(json.dumps([llama_cpp.llama_encode(ctx, llm._batch.batch)]))",
@@ -259,6 +271,36 @@ def test_a_model_of_another_vocabulary_generates_only_where_it_is_allowed(
     assert f"{stranger} has another vocabulary than the bundle" in refused.stderr
     assert "token 65" in refused.stderr
     assert said(protected(tiny_bundle, program, "--allow-model", stranger)) == said(start(program))
+
+
+EMBED = """
+import json, sys, llama_cpp
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=128, n_threads=1, n_threads_batch=1, verbose=False, embedding=True)
+found = llm.embed("some text")
+ctx = llm._ctx.ctx
+print(json.dumps([bool(found), bool(llama_cpp.llama_get_logits(ctx)), bool(llama_cpp.llama_get_logits_ith(ctx, -1))]))
+"""
+
+
+def test_a_model_of_another_vocabulary_may_embed_and_has_no_logits(
+    stranger: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    program = [*script(tmp_path, EMBED), stranger]
+    assert said(start(program)) == [True, True, True]
+    assert said(protected(tiny_bundle, program)) == [True, False, False]
+
+
+def test_a_model_without_weights_is_left_alone(stranger: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    """Programs make such to measure memory."""
+    text = (
+        "import sys, llama_cpp\n"
+        "params = llama_cpp.llama_model_default_params()\n"
+        "params.no_alloc, params.load_mode = True, llama_cpp.LLAMA_LOAD_MODE_NONE\n"  # it maps no file of theirs
+        "model = llama_cpp.llama_model_load_from_file(sys.argv[1].encode(), params)\n"
+        "context = llama_cpp.llama_init_from_model(model, llama_cpp.llama_context_default_params())\n"
+        "print('true' if context else 'false')\n"
+    )
+    assert said(protected(tiny_bundle, [*script(tmp_path, text), stranger])) is True
 
 
 def test_the_bundles_own_files_are_left_alone(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -305,7 +305,7 @@ def test_sequences_share_the_context_evenly(n_parallel: int, tiny_bundle: Path) 
         for seq_id in range(n_parallel):
             batch.set_batch([65], 255, False)
             batch.batch.seq_id[0][0] = seq_id
-            assert pair.decode_sequences(batch) == 1
+            assert pair.decode(batch) == 1
     params.n_ctx += 256
     with pytest.raises(
         ModelError,

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import llama_cpp
-import pytest
 
 from adlocal.llamacpp import native
 
@@ -18,12 +17,15 @@ _Decode = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, llama_cpp.llama_batc
 class Faults:
     """Stands in for a failure only: every other call goes to llama.cpp."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self._broken: dict[int, tuple[int, float | None]] = {}
         self._callback = _Decode(self._decode)  # kept alive as long as pairs may call it
-        address_of = native.address_of
-        addresses = {"llama_decode": ctypes.cast(self._callback, ctypes.c_void_p).value}
-        monkeypatch.setattr(native, "address_of", lambda name: addresses.get(name) or address_of(name))
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The scope in which to open the pairs that are to be broken."""
+        with native.replaced("llama_decode", self._callback):
+            yield
 
     @contextmanager
     def failing(self, context: int, code: int = -3) -> Iterator[None]:

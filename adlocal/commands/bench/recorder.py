@@ -43,9 +43,7 @@ class Recorder:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """The scope in which to load them."""
-        address = ctypes.cast(self._callback, ctypes.c_void_p).value
-        assert address is not None
-        with native.replaced("llama_decode", address):
+        with native.replaced("llama_decode", self._callback):
             yield
 
     def record(self, work: Callable[[], object]) -> list[Issued]:
