@@ -1,9 +1,10 @@
 """The drop-in on the real model: strength 0 is plain llama.cpp, and nothing that a client asks for evades protection.
 
 Two runs of llama.cpp over the same tokens differ by the sizes of their batches, which choose other kernels and another
-order of sums, and Δ carries a logit's rounding over 2ε. Where batches are the same the comparison is exact. Where they
-are not, rows are compared by their mean distance, as a share of how far protection moved them: 0.1 to 0.25 here, 1 for
-a row that was not adjusted, more for one adjusted wrongly. ROUNDING is the share allowed.
+order of sums, and Δ carries a logit's rounding over 2ε. So the reference is given the very batches of the run, and rows
+agree to a rounding. Where the proxies' batches cannot be known, rows are compared by their mean distance, as a share of
+how far protection moved them: 0.1 to 0.4, 1 for a row that was not adjusted, more for one adjusted wrongly. ROUNDING is
+the share allowed on average.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from llama_cpp._internals import LlamaBatch
 from llama_cpp.llama import LogitsProcessorList, MinTokensLogitsProcessor
 from llama_cpp.llama_cache import LlamaRAMCache
 from llama_cpp.llama_grammar import LlamaGrammar
@@ -156,7 +156,7 @@ def test_sampled_from_adjusted_logits(
 ) -> None:
     with sampling(monkeypatch, llm) as samples:
         completion = llm.create_completion(PROMPT, max_tokens=6, **EVASIONS[name])
-    check_rows(llm, reference, samples)
+    check_rows(reference, samples)
     if "logprobs" in EVASIONS[name]:
         check_logprobs(completion["choices"][0], reference, samples.tokens, echo="echo" in EVASIONS[name])
 
@@ -176,7 +176,7 @@ def test_streams_are_sampled_from_adjusted_logits(
     llm.create_completion("Something else", max_tokens=1)
     with sampling(monkeypatch, llm) as samples:
         assert list(stream)
-    check_rows(llm, reference, samples)
+    check_rows(reference, samples)
     assert llm.last_dose.strength == STRENGTH
 
 
@@ -187,7 +187,7 @@ def test_json_mode_is_sampled_from_adjusted_logits(
         llm.create_chat_completion(
             [{"role": "user", "content": "Name a colour."}], max_tokens=8, response_format={"type": "json_object"}
         )
-    check_rows(llm, reference, samples)
+    check_rows(reference, samples)
 
 
 @pytest.mark.parametrize("before", [0.0, 2.0])
@@ -198,7 +198,7 @@ def test_a_cached_prompt_is_adjusted_anew_when_the_strength_changes(
     llm.create_completion(PROMPT, max_tokens=1, strength=before)
     with sampling(monkeypatch, llm) as samples:
         completion = llm.create_completion(PROMPT, max_tokens=4, logprobs=1, echo=True)
-    check_rows(llm, reference, samples)
+    check_cached_rows(llm, reference, samples)
     check_logprobs(completion["choices"][0], reference, samples.tokens, echo=True)
 
 
@@ -218,7 +218,7 @@ def test_a_prompt_cache_holds_no_plain_logits(
     llm.create_completion("Something else entirely", max_tokens=2, strength=before)
     with sampling(monkeypatch, llm) as samples:
         completion = llm.create_completion(PROMPT, max_tokens=4, logprobs=1, echo=True)
-    check_rows(llm, reference, samples)
+    check_cached_rows(llm, reference, samples)
     check_logprobs(completion["choices"][0], reference, samples.tokens, echo=True)
 
 
@@ -241,10 +241,7 @@ def test_drafted_tokens_are_verified_against_adjusted_logits(
     reference: Reference,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Right drafts are taken, several tokens a batch; wrong ones are rolled back in all three contexts.
-
-    The same batches in the reference, so to a rounding.
-    """
+    """Right drafts are taken, several tokens a batch; wrong ones are rolled back in all three contexts."""
     llm.create_completion(PROMPT, max_tokens=16, temperature=0.0)
     draft = _Foretold(llm._input_ids.tolist())
     kwargs = {**KWARGS, "logits_all": False, "n_batch": 64}
@@ -253,41 +250,11 @@ def test_drafted_tokens_are_verified_against_adjusted_logits(
             str(smollm2), bundle=smollm2_bundle, strength=STRENGTH, guard=GUARD, draft_model=draft, **kwargs
         )
     ) as drafting:
-        batches: list[tuple[int, list[int]]] = []
-        decode = LockstepContext.decode
-
-        def noting(self: LockstepContext, batch: LlamaBatch) -> None:
-            batches.append((batch.batch.pos[0], batch.batch.token[: batch.n_tokens()]))
-            decode(self, batch)
-
-        monkeypatch.setattr(LockstepContext, "decode", noting)
         with sampling(monkeypatch, drafting) as samples:
             drafting.create_completion(PROMPT, max_tokens=16, temperature=0.0)
-        assert any(len(tokens) > 1 for _, tokens in batches[1:]), "no token was drafted"
-        rows = replayed(reference, batches)
-        for position, row in zip(samples.positions, samples.rows, strict=True):
-            z, expected = rows[position]
-            np.testing.assert_allclose(row, expected, rtol=1e-6, atol=1e-6)
-            assert np.abs(row - z).mean() > 1
+        assert any(len(tokens) > 1 for _, tokens in samples.batches[1:]), "no token was drafted"
+        check_rows(reference, samples)
         assert drafting.last_dose.n_tokens == len(samples.tokens)
-
-
-def replayed(reference: Reference, batches: list[tuple[int, list[int]]]) -> dict[int, tuple[Any, Any]]:
-    """The teacher's own and the adjusted row after each position, which is evaluated again where a draft was wrong."""
-    teacher, pair, rows, held = reference.teacher, reference.pair, {}, list[int]()
-    epsilon, lam, ends = pair.epsilon, pair.bundle.lam(STRENGTH), end_tokens(teacher._model.vocab)
-    teacher.reset()
-    pair.clear()
-    for start, tokens in batches:
-        teacher.n_tokens, held = start, held[:start]
-        teacher.eval(tokens)
-        pair.sync(held)
-        pair.evaluate(tokens, logits_all=True)
-        for i, (plus, minus) in enumerate(zip(*pair.rows(), strict=True), start):
-            z = teacher.scores[i].copy()
-            rows[i] = z, adjust(z, (plus - minus) / np.float32(2 * epsilon), lam=lam, guard=GUARD, ends=ends).logits
-        held += tokens
-    return rows
 
 
 def test_a_prompt_longer_than_n_batch(
@@ -299,17 +266,32 @@ def test_a_prompt_longer_than_n_batch(
     ) as llm:
         with sampling(monkeypatch, llm) as samples:
             llm.create_completion(PROMPT, max_tokens=3)
-        check_rows(llm, reference, samples)
+        check_rows(reference, samples)
 
 
-def check_rows(llm: AntidistillationLlama, reference: Reference, samples: Samples) -> None:
-    """Every token was sampled from adjusted logits: near the reference's, and far from the teacher's own."""
+def check_rows(reference: Reference, samples: Samples) -> None:
+    """Every token was sampled from adjusted logits: the reference's over the same batches, to a rounding."""
+    assert samples.tokens
+    rows = reference.replayed(samples.batches, STRENGTH, GUARD)
+    for position, row in zip(samples.positions, samples.rows, strict=True):
+        z, expected = rows[position]
+        np.testing.assert_allclose(row, expected, rtol=1e-6, atol=1e-6)
+        assert np.abs(row - z).mean() > 1
+
+
+def check_cached_rows(llm: AntidistillationLlama, reference: Reference, samples: Samples) -> None:
+    """The same where the proxies read a cached prompt in a batch of their own: near the reference's rows.
+
+    A single row with small Δ may be farther off than ROUNDING, but never as far as a row that was not adjusted.
+    """
     assert samples.tokens
     tokens = llm._input_ids.tolist()
     expected = reference.adjusted(tokens, STRENGTH, GUARD)[samples.positions]
     off = np.abs(np.stack(samples.rows) - expected).mean(axis=1)
     moved = np.abs(reference.plain(tokens)[samples.positions] - expected).mean(axis=1)
-    assert np.all(off < ROUNDING * moved), f"off the reference by {off}, protection moved by {moved}"
+    seen = f"off the reference by {off}, protection moved by {moved}"
+    assert off.mean() < ROUNDING * moved.mean(), seen
+    assert np.all(off < 0.8 * moved), seen
 
 
 def check_logprobs(choice: Any, reference: Reference, sampled: list[int], echo: bool) -> None:

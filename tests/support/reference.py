@@ -12,10 +12,11 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import pytest
-from llama_cpp._internals import LlamaContext, LlamaSampler
+from llama_cpp._internals import LlamaBatch, LlamaContext, LlamaSampler
 
 from adlocal import AntidistillationLlama, ProxyPair
 from adlocal.adjust import adjust
+from adlocal.engine.llama_context import LockstepContext
 from adlocal.llamacpp.tokens import end_tokens
 
 Rows = npt.NDArray[np.float32]
@@ -40,21 +41,53 @@ class Reference:
         rows = zip(self.plain(tokens), self.pair.delta(tokens), strict=True)
         return np.stack([adjust(z, delta, lam=lam, guard=guard, ends=ends).logits for z, delta in rows])
 
+    def replayed(
+        self, batches: Sequence[tuple[int, list[int]]], strength: float, guard: float
+    ) -> dict[int, tuple[Rows, Rows]]:
+        """The teacher's own and the adjusted row after each position, over the very batches of another run.
+
+        A position that comes twice, because a draft was wrong, has its last row.
+        """
+        teacher, pair, rows, held = self.teacher, self.pair, dict[int, tuple[Rows, Rows]](), list[int]()
+        lam, ends = pair.bundle.lam(strength), end_tokens(teacher._model.vocab)
+        teacher.reset()
+        pair.clear()
+        for start, tokens in batches:
+            assert start <= len(held), f"the batch at position {start} goes on from tokens that were not recorded"
+            teacher.n_tokens, held = start, held[:start]
+            teacher.eval(tokens)
+            pair.sync(held)
+            pair.evaluate(tokens, logits_all=True)
+            for i, (plus, minus) in enumerate(zip(*pair.rows(), strict=True), start):
+                z, delta = teacher.scores[i].copy(), (plus - minus) / np.float32(2 * pair.epsilon)
+                rows[i] = z, adjust(z, delta, lam=lam, guard=guard, ends=ends).logits
+            held += tokens
+        return rows
+
 
 @dataclass
 class Samples:
-    """Sampled tokens, the logits that llama.cpp itself held for each at that moment, and the position they follow."""
+    """Sampled tokens, the logits that llama.cpp itself held for each at that moment, and the position they follow.
+
+    Also the batches that were decoded meanwhile: their first position and their tokens.
+    """
 
     tokens: list[int] = field(default_factory=list)
     rows: list[Rows] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
+    batches: list[tuple[int, list[int]]] = field(default_factory=list)
 
 
 @contextmanager
 def sampling(monkeypatch: pytest.MonkeyPatch, llm: llama_cpp.Llama) -> Iterator[Samples]:
-    """Records what is sampled from what."""
+    """Records what is decoded, and what is sampled from what."""
     samples = Samples()
     sample: Callable[..., int] = LlamaSampler.sample
+    decode = LockstepContext.decode
+
+    def noting(self: LockstepContext, batch: LlamaBatch) -> None:
+        samples.batches.append((batch.batch.pos[0], batch.batch.token[: batch.n_tokens()]))
+        decode(self, batch)
 
     def spy(self: LlamaSampler, ctx: LlamaContext, idx: int = -1) -> int:
         pointer: Any = llama_cpp.llama_get_logits_ith(llm.ctx, idx)
@@ -66,6 +99,7 @@ def sampling(monkeypatch: pytest.MonkeyPatch, llm: llama_cpp.Llama) -> Iterator[
 
     with monkeypatch.context() as patch:
         patch.setattr(LlamaSampler, "sample", spy)
+        patch.setattr(LockstepContext, "decode", noting)
         yield samples
 
 
