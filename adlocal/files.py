@@ -72,3 +72,10 @@ def sha256(path: str | os.PathLike[str]) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def cache_directory() -> Path:
+    """Where what took time to compute is kept: ADLOCAL_CACHE, or adlocal in the user's cache directory."""
+    if own := os.environ.get("ADLOCAL_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adlocal"

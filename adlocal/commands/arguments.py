@@ -79,6 +79,11 @@ def temperature(text: str) -> float:
     return _number(text, 0.0, 100.0)
 
 
+def seconds(text: str) -> float:
+    """0.05 to a day."""
+    return _number(text, 0.05, 86_400.0)
+
+
 def share(text: str) -> float:
     """0 to 1."""
     return _number(text, 0.0, 1.0)

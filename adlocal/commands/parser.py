@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from ..bundle import HALVES, NAMES
 from ..bundle.choices import BALANCED, PARAMS, QUALITIES
 from ..settings import DEFAULT_GUARD
-from .arguments import add_protected, add_protection, add_runtime, add_sampling, count, eps, seed, temperature
+from .arguments import add_protected, add_protection, add_runtime, add_sampling, count, eps, seconds, seed, temperature
 
 Handler = Callable[[argparse.Namespace], None]
 
@@ -32,6 +32,8 @@ def make_parser() -> argparse.ArgumentParser:
         _add_calibrate,
         _add_score,
         _add_run,
+        _add_status,
+        _add_plugin,
         _add_bench,
         _add_demo,
     ):
@@ -273,7 +275,47 @@ def _add_run(verbs: Any) -> None:
         metavar="PATH",
         help="a model of another vocabulary than the bundle's that may generate, unprotected; may be repeated",
     )
+    _add_control(parser)
+    parser.add_argument(
+        "--libllama", type=Path, metavar="FILE", help="the program's llama.cpp, where it needs a plugin of its own"
+    )
     parser.add_argument("program", nargs="+", metavar="PROGRAM", help="and its arguments, after --")
+
+
+def _add_control(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--control", type=Path, metavar="DIR", help="where control files lie; your own by default")
+
+
+def _add_plugin(verbs: Any) -> None:
+    parser = _add(
+        verbs,
+        "plugin",
+        _verb("plugin"),
+        "Compile the library of adlocal run for another llama.cpp (seconds; needs a C++ compiler)",
+        "adlocal plugin build --include llama.cpp/include --libllama llama.cpp/build/bin/libllama.so",
+    )
+    parser.add_argument("action", choices=["build"])
+    parser.add_argument("--include", type=Path, required=True, metavar="DIR", help="where its llama.h is")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--libllama", type=Path, metavar="FILE", help="the library, which is asked for its version")
+    which.add_argument("--llama-version", metavar="VERSION", help="what its llama_version() returns")
+
+
+def _add_status(verbs: Any) -> None:
+    description = "Show what the programs under adlocal run are doing"
+    parser = _add(verbs, "status", _verb("status"), description, "adlocal status --watch")
+    _add_control(parser)
+    parser.add_argument("pid", nargs="*", type=count, metavar="PID", help="only these; all by default")
+    parser.add_argument(
+        "-w",
+        "--watch",
+        type=seconds,
+        nargs="?",
+        const=1.0,
+        metavar="SECONDS",
+        help="again and again, every second by default",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON array, or one a line with --watch")
 
 
 def _add_bench(verbs: Any) -> None:

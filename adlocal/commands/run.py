@@ -6,10 +6,11 @@ import argparse
 import os
 import shutil
 import sys
+from pathlib import Path
 
 from ..bundle import Bundle
 from ..errors import InputError
-from ..plugin import Protection, environment
+from ..plugin import Protection, check_program, environment
 from ..settings import resolve
 
 
@@ -24,6 +25,8 @@ def run(args: argparse.Namespace) -> None:
         proxy_n_threads=args.proxy_threads,
         proxy_n_gpu_layers=args.proxy_gpu_layers,
         allow_models=args.allow_model,
+        control_directory=args.control,
+        libllama=args.libllama,
     )
     variables = environment(protection, os.environ)
     program = _found(args.program[0])
@@ -35,4 +38,5 @@ def _found(name: str) -> str:
     path = shutil.which(name)
     if path is None:
         raise InputError(f"{name}: no such program; give one that can be run, after --")
+    check_program(Path(path))
     return path

@@ -15,7 +15,7 @@ from itertools import islice
 
 import llama_cpp
 
-from ..errors import BusyError, InputError, ProxyError
+from ..errors import AdlocalError, BusyError, InputError, ProxyError
 from ..settings import Settings
 from .prefix import BLOCK, cuts, whole_blocks
 from .runner import Chunk, Row, Runner
@@ -79,7 +79,7 @@ class Scheduler:
         self._vocab = llama_cpp.llama_model_get_vocab(runner.context.model.model)
         self._n_batch = whole_blocks(runner.n_batch)
         self._waiting: deque[_Waiting] = deque()
-        self._cancelled: list[Ended] = []
+        self._untold: list[Ended | Failed] = []  # who was cancelled, and who was lost with a step that failed
         self._n_submitted = 0
 
     @property
@@ -100,7 +100,7 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to be done."""
-        return not (self._waiting or self._cancelled or self.n_running)
+        return not (self._waiting or self._untold or self.n_running)
 
     def submit(self, request: Request) -> int:
         """Queues a request.
@@ -141,11 +141,11 @@ class Scheduler:
         """
         for waiting in [each for each in self._waiting if each.id == id]:
             self._waiting.remove(waiting)
-            self._cancelled.append(Ended(id, Completion(waiting.request.index, [], "cancelled")))
+            self._untold.append(Ended(id, Completion(waiting.request.index, [], "cancelled")))
         for slot, running in self.slots.running:
             if running.id == id:
                 self.slots.release(slot)
-                self._cancelled.append(Ended(id, Completion(running.request.index, running.sampled, "cancelled")))
+                self._untold.append(Ended(id, Completion(running.request.index, running.sampled, "cancelled")))
 
     def step(self) -> list[Event]:
         """Decodes once, for all sequences.
@@ -155,6 +155,7 @@ class Scheduler:
 
         Raises:
             AdlocalError: llama.cpp failed. All running requests are lost and their memory is cleared; others wait on.
+                The next step tells of each that was lost.
         """
         try:
             self._admit()
@@ -162,11 +163,16 @@ class Scheduler:
             rows = self._runner.decode(chunks) if chunks else []
             self.slots.note(chunks)
             events = self._emit(rows)
-        except BaseException:
-            self.slots.clear()
+        except BaseException as error:
+            self._lose(error)
             raise
-        cancelled, self._cancelled = self._cancelled, []
-        return [*cancelled, *events]
+        untold, self._untold = self._untold, []
+        return [*untold, *events]
+
+    def _lose(self, error: BaseException) -> None:
+        reason = error if isinstance(error, AdlocalError) else AdlocalError(f"the step was broken off ({error!r})")
+        self._untold += [Failed(running.id, reason) for _, running in self.slots.running]
+        self.slots.clear()
 
     def clear(self) -> None:
         """Forgets the prompts in memory: what comes next gets the sequences that it would get in a fresh context.

@@ -100,7 +100,10 @@ class Ended:
 
 @dataclass(frozen=True)
 class Failed:
-    """A request whose protection could not be computed, and no token of the step was emitted for it; or its dose."""
+    """A request that came to nothing: its protection or its dose could not be computed, or a step that failed lost it.
+
+    No token of that step was emitted for it.
+    """
 
     id: int
     error: AdlocalError

@@ -1,5 +1,21 @@
-"""Protection for llama.cpp programs that nobody changed: what a program is started with."""
+"""Protection for llama.cpp programs that nobody changed: what a program is started with, and its control file."""
 
+from .build import build, version_of
+from .control import Control, Counters, InForce
+from .directory import control_directory, controls
 from .environment import Protection, environment, library
+from .program import check_program
 
-__all__ = ["Protection", "environment", "library"]
+__all__ = [
+    "Control",
+    "Counters",
+    "InForce",
+    "Protection",
+    "build",
+    "check_program",
+    "control_directory",
+    "controls",
+    "environment",
+    "library",
+    "version_of",
+]

@@ -12,8 +12,9 @@ from ..bundle import Bundle
 from ..errors import InputError
 from ..llamacpp import native
 from ..settings import Settings
+from .build import ALIKE, FILE_NAME, kept, version_of
+from .directory import control_directory
 
-FILE_NAME = "libadlocal-plugin.so"
 _PREFIX = "ADLOCAL_"
 
 
@@ -28,6 +29,8 @@ class Protection:
         observe: evaluate the pair and change nothing.
         proxy_n_threads, proxy_n_gpu_layers: None for the teacher's threads, and for llama.cpp's own number of layers.
         allow_models: models of other vocabularies that may generate unprotected.
+        control_directory: where its control file is made; None for the user's own.
+        libllama: the program's llama.cpp, if it is none of those that the plugin which came with adlocal knows.
     """
 
     bundle: Bundle
@@ -37,13 +40,15 @@ class Protection:
     proxy_n_threads: int | None = None
     proxy_n_gpu_layers: int | None = None
     allow_models: Sequence[Path] = ()
+    control_directory: Path | None = None
+    libllama: Path | None = None
 
 
-def library() -> Path:
-    """The library that is preloaded.
+def library(libllama: Path | None = None) -> Path:
+    """The library that is preloaded: the one that came with adlocal, or the one that was built for a llama.cpp.
 
     Raises:
-        InputError: this system has no way to preload one.
+        InputError: this system has no way to preload one, or there is none for this llama.cpp.
         NativeError: it was not built.
     """
     if sys.platform != "linux":
@@ -51,15 +56,23 @@ def library() -> Path:
             f"adlocal run preloads a library, which it can on Linux alone, not on {sys.platform}; use "
             "AntidistillationLlama in Python, or the C library"
         )
-    return native.find(FILE_NAME).resolve()
+    if libllama is None or (version := version_of(libllama)) in ALIKE:
+        return native.find(FILE_NAME).resolve()
+    if not (path := kept(version)).exists():
+        raise InputError(
+            f"{libllama} is llama.cpp {version}, and there is no plugin for it yet; build one with "
+            f"`adlocal plugin build --include DIR --libllama {libllama}`, DIR being where its llama.h is"
+        )
+    return path
 
 
 def environment(protection: Protection, before: Mapping[str, str]) -> dict[str, str]:
     """The variables of a program under protection, made from those of one without.
 
     Raises:
-        InputError, NativeError: as `library`.
+        InputError, NativeError: as `library` and `control_directory`.
     """
+    preloaded = library(protection.libllama)
     others = [each for each in before.get("LD_PRELOAD", "").replace(":", " ").split() if Path(each).name != FILE_NAME]
     told = {
         "BUNDLE": protection.bundle.directory.resolve(),
@@ -70,8 +83,9 @@ def environment(protection: Protection, before: Mapping[str, str]) -> dict[str, 
         "PROXY_THREADS": protection.proxy_n_threads,
         "PROXY_N_GPU_LAYERS": protection.proxy_n_gpu_layers,
         "PID": os.getpid(),  # which the program keeps, and its children have not
+        "CONTROL_DIR": control_directory(protection.control_directory),
         "ALLOW_MODELS": "\n".join(str(path.resolve()) for path in protection.allow_models) or None,
     }
     kept = {name: value for name, value in before.items() if name.removeprefix(_PREFIX) not in told}
     ours = {f"{_PREFIX}{name}": str(value) for name, value in told.items() if value is not None}
-    return {**kept, **ours, "LD_PRELOAD": ":".join([os.fspath(library()), *others])}
+    return {**kept, **ours, "LD_PRELOAD": ":".join([os.fspath(preloaded), *others])}

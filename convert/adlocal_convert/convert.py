@@ -14,7 +14,7 @@ from tqdm import tqdm
 import adlocal
 from adlocal.bundle import ADAPTER, FORMAT_VERSION, Bundle
 from adlocal.errors import ConversionError, InputError, ModelError
-from adlocal.files import sha256, write_failure
+from adlocal.files import cache_directory, sha256, write_failure
 from adlocal.llamacpp import native
 from adlocal.llamacpp.batching import Batching
 from adlocal.llamacpp.gguf import GGUFHeader
@@ -30,7 +30,7 @@ from .bundle.gain import Gain, Rounding
 from .bundle.perturb import bundle_id
 from .bundle.presets import QUALITIES, carrier_types, is_mostly_wide, wide_base
 from .bundle.staging import publish, staging_directory
-from .direction.capabilities import Capability, cache_directory
+from .direction.capabilities import Capability
 from .direction.given import Tensors, given_gradient
 from .direction.gradient import Gradient, Settings
 from .direction.lowrank import factorize

@@ -15,6 +15,9 @@ bool is_the_program() {
 }
 
 __attribute__((destructor)) void farewell() {
+    if (const plugin::Process * process = plugin::Process::existing()) {
+        process->control().remove();
+    }
     if (is_the_program() && !plugin::Process::has_protected()) {
         plugin::say("%s made no context of a protected model: nothing of it was protected", program_invocation_short_name);
     }

@@ -142,3 +142,17 @@
     X(llama_perf_sampler_print) X(llama_perf_sampler_reset)                                                                    \
     /* a filter of tensors, for training */                                                                                    \
     X(llama_opt_param_filter_all)
+
+// X(name): the C++ functions of llama-ext.h, which llama.cpp's own programs import. None is stood before.
+#define ADL_EXTENSIONS(X)                                                                                                      \
+    /* sizes, devices, types of weights, the memory that a context takes */                                                    \
+    X(llama_graph_reserve) X(llama_ftype_get_default_type) X(llama_quant_init) X(llama_quant_free)                             \
+    X(llama_quant_model_from_metadata) X(llama_quant_tensor_allows_quantization) X(llama_quant_compute_types)                  \
+    X(llama_model_n_expert) X(llama_model_n_devices) X(llama_model_get_device) X(llama_get_memory_breakdown)                   \
+    X(llama_get_ctx_other) X(llama_model_dflash_selector_top_k) X(llama_model_target_layer_ids)                                \
+    X(llama_model_target_layer_ids_n) X(llama_model_get_tok_embd)                                                              \
+    /* states of layers, from which a draft model goes on: its drafts are accepted by adjusted rows, or not at all */          \
+    X(llama_set_embeddings_nextn) X(llama_set_nextn_layer_offset) X(llama_get_embeddings_nextn)                                \
+    X(llama_get_embeddings_nextn_ith) X(llama_set_embeddings_layer_inp) X(llama_get_embeddings_layer_inp)                      \
+    /* of models that decide between options, and write no text (0.6.0-dev) */                                                 \
+    X(llama_batch_ext_set_decision_order)

@@ -16,21 +16,21 @@ ADL_GUARD void llama_memory_clear(llama_memory_t memory, bool data) {
 
 ADL_GUARD bool llama_memory_seq_rm(llama_memory_t memory, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     Context * c = find(memory);
-    return c ? adl_lockstep_memory_seq_rm(c->lockstep(), seq_id, p0, p1) : real().llama_memory_seq_rm(memory, seq_id, p0, p1);
+    return c ? c->seq_rm(seq_id, p0, p1) : real().llama_memory_seq_rm(memory, seq_id, p0, p1);
 }
 
 ADL_GUARD void llama_memory_seq_cp(llama_memory_t memory, llama_seq_id source, llama_seq_id target, llama_pos p0, llama_pos p1) {
     Context * c = find(memory);
     if (c == nullptr) {
         real().llama_memory_seq_cp(memory, source, target, p0, p1);
-    } else if (adl_lockstep_memory_seq_cp(c->lockstep(), source, target, p0, p1) != ADL_OK) {
-        c->poison(adl_last_error());
+    } else {
+        c->seq_cp(source, target, p0, p1);
     }
 }
 
 ADL_GUARD void llama_memory_seq_keep(llama_memory_t memory, llama_seq_id seq_id) {
     if (Context * c = find(memory)) {
-        adl_lockstep_memory_seq_keep(c->lockstep(), seq_id);
+        c->seq_keep(seq_id);
     } else {
         real().llama_memory_seq_keep(memory, seq_id);
     }

@@ -3,13 +3,16 @@
 #pragma once
 
 #include "adlocal.h"
+#include "control.hpp"
 #include "llama.h"
+#include "rows.hpp"
 
 #include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -32,6 +35,7 @@ struct Config {
     int32_t                  proxy_threads;      // 0: the teacher's
     int32_t                  proxy_n_gpu_layers; // INT32_MIN: llama.cpp's default
     std::vector<std::string> allowed; // models of other vocabularies that may generate
+    std::string              control_directory; // of the control file; "" for none
 
     static Config of_environment();
 };
@@ -59,6 +63,15 @@ class Context {
     void poison(const char * why);
     void clear();
 
+    // Memory operations of llama.h, followed by the lockstep. What cuts more off a sequence than its last batch lets it begin
+    // anew; a draft that was wrong is in the last batch.
+    bool seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    void seq_cp(llama_seq_id source, llama_seq_id target, llama_pos p0, llama_pos p1);
+    void seq_keep(llama_seq_id seq_id);
+
+    // A sequence begins anew: its settings are read again when it is next decoded.
+    void begin(llama_seq_id seq_id) { sequences_[static_cast<size_t>(seq_id)] = {}; }
+
     adl_pair * pair() const { return pair_; }
 
     adl_lockstep *        lockstep() const { return lockstep_; }
@@ -67,11 +80,30 @@ class Context {
     const uint32_t        n_seq_max;
 
   private:
-    std::vector<adl_row_params> params(const llama_batch & batch) const;
+    struct Asked; // of a step's rows
+
+    // What is known of a sequence.
+    struct Sequence {
+        std::optional<Latched> latched;
+        llama_pos              draft    = 0;     // what is cut from after here was drafted in its last batch, and wrong
+        bool                   has_rows = false; // of that batch
+    };
+
+    Asked           ask(const std::vector<Rows::Token> & tokens);
+    const Latched * latched(llama_seq_id seq_id);
+    llama_pos       pos_max(llama_seq_id seq_id) const;
+    bool            has(llama_seq_id seq_id) const { return seq_id >= 0 && static_cast<size_t>(seq_id) < sequences_.size(); }
+    void            notice_prompts(const std::vector<Rows::Token> & tokens);
+    void            note(const std::vector<Rows::Token> & tokens);
+    void            count_doses(const std::vector<Rows::Token> & next) const;
+    void            count(const std::vector<Rows::Token> & tokens, const std::vector<adl_row_result> & results) const;
+    void            close(const Asked & asked) const;
 
     adl_pair *         pair_;
     adl_lockstep *     lockstep_;
     std::vector<float> closed_;
+    Rows               rows_;
+    std::vector<Sequence> sequences_;
     bool               embeddings_;
     bool               causal_   = true; // without, every token sees every other: the pair's rows would be others
     bool               readable_ = false; // the last decode's rows were adjusted
@@ -84,7 +116,12 @@ class Process {
   public:
     static Process & get();
 
+    // NULL in a program that has not used llama.cpp.
+    static Process * existing() { return existing_; }
+
     const Config & config() const { return config_; }
+    Control &       control() { return control_; }
+    const Control & control() const { return control_; }
 
     // A model that was loaded from a path, "" where it is not known.
     void loaded(llama_model * model, const std::string & path, const llama_model_params & params);
@@ -120,6 +157,7 @@ class Process {
     void       open_vocabulary();
 
     const Config                                          config_;
+    Control                                               control_;
     std::mutex                                            mutex_;
     std::map<const llama_model *, Model>                  models_;
     std::map<const llama_context *, std::unique_ptr<Context>> contexts_;
@@ -129,6 +167,13 @@ class Process {
     llama_model *                                         vocabulary_ = nullptr; // the bundle's, without weights
     adl_pair *                                            first_ = nullptr;      // keeps the pair's weights
     static std::atomic<bool>                              has_protected_;
+    static std::atomic<Process *>                         existing_;
+};
+
+// The parameters of each row, and which rows are closed whatever comes out.
+struct Context::Asked {
+    std::vector<adl_row_params> params;
+    std::vector<int32_t>        closed;
 };
 
 template <typename Decode>
@@ -146,15 +191,27 @@ int32_t Context::step(const llama_batch & batch, Decode && decode) {
     if (embeddings_) { // every token is an output row, and all are closed
         followed.logits = none.data();
     }
-    const std::vector<adl_row_params> rows = params(followed);
-    if (adl_lockstep_begin(lockstep_, followed, rows.data(), static_cast<int32_t>(rows.size())) != ADL_OK) {
+    auto tokens = Rows::resolve(followed, [this](llama_seq_id seq_id) { return pos_max(seq_id); });
+    count_doses(tokens);
+    rows_.decoded({});
+    notice_prompts(tokens);
+    const Asked                 asked  = ask(tokens);
+    const auto                  n_rows = static_cast<int32_t>(asked.params.size());
+    std::vector<adl_row_result> results(asked.params.size());
+    if (adl_lockstep_begin(lockstep_, followed, asked.params.data(), n_rows) != ADL_OK) {
         say("%s", adl_last_error());
         return -3;
     }
     const int32_t status = decode();
-    const int32_t failed = adl_lockstep_end(lockstep_, status, nullptr);
+    const int32_t failed = adl_lockstep_end(lockstep_, status, results.data());
     if (embeddings_) {
         adl_lockstep_close(lockstep_, batch.n_tokens);
+    }
+    if (status == 0) {
+        close(asked);
+        count(tokens, results);
+        note(tokens);
+        rows_.decoded(std::move(tokens));
     }
     if (failed != ADL_OK) { // the rows that needed the pair are closed
         say("%s", adl_last_error());

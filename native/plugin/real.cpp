@@ -6,6 +6,8 @@
 #include <cstring>
 #include <dlfcn.h>
 #include <link.h>
+#include <set>
+#include <vector>
 
 namespace plugin {
 
@@ -22,22 +24,30 @@ void * base_of(const void * address) {
     return dladdr(address, &info) != 0 ? info.dli_fbase : nullptr;
 }
 
-int look(dl_phdr_info * info, size_t, void * data) {
-    auto & found  = *static_cast<Found *>(data);
-    void * handle = dlopen(*info->dlpi_name ? info->dlpi_name : nullptr, RTLD_LAZY | RTLD_NOLOAD);
-    if (handle == nullptr) {
-        return 0;
-    }
-    void * init = find_symbol(handle, "llama_init_from_model");
-    // A handle's search goes on to what the object depends on: the definition has to be its own.
-    Dl_info where;
-    if (init != nullptr && base_of(init) != base_of(reinterpret_cast<const void *>(&look)) && dladdr(init, &where) != 0) {
-        void * own = dlopen(where.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
-        found      = {own != nullptr ? own : handle, where.dli_fname};
-        return 1;
-    }
-    dlclose(handle);
+int note_name(dl_phdr_info * info, size_t, void * names) {
+    static_cast<std::vector<std::string> *>(names)->emplace_back(info->dlpi_name);
     return 0;
+}
+
+// Nothing is opened while objects are listed: the linker's lock is held then.
+std::vector<Found> find_llamas() {
+    std::vector<std::string> names;
+    std::vector<Found>       found;
+    std::set<void *>         bases = {base_of(reinterpret_cast<const void *>(&note_name))};
+    dl_iterate_phdr(note_name, &names);
+    for (const std::string & name : names) {
+        void * handle = dlopen(name.empty() ? nullptr : name.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+        void * init   = handle ? find_symbol(handle, "llama_init_from_model") : nullptr;
+        // A handle's search goes on to what the object depends on: the definition has to be its own.
+        Dl_info where;
+        if (init != nullptr && bases.insert(base_of(init)).second && dladdr(init, &where) != 0) {
+            void * own = dlopen(where.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+            found.push_back({own != nullptr ? own : handle, where.dli_fname});
+        } else if (handle != nullptr) {
+            dlclose(handle);
+        }
+    }
+    return found;
 }
 
 // A structure that a function of the host's returns by value: what it leaves untouched over two fill patterns is beyond it.
@@ -105,16 +115,20 @@ void resolve(void * handle, const char * name, Function & function) {
 }
 
 Real make() {
-    Found found;
-    dl_iterate_phdr(look, &found);
-    if (found.handle == nullptr) {
+    const std::vector<Found> all = find_llamas();
+    if (all.empty()) {
         die("a function of llama.cpp was called, and no loaded object defines llama.cpp; it cannot be protected");
     }
+    if (all.size() > 1) {
+        die("two llama.cpps are loaded, %s and %s, and one can be protected; load one of them alone", all[0].path.c_str(), all[1].path.c_str());
+    }
+    const Found & found = all[0];
     Real r;
     r.path = found.path;
 #define RESOLVE(name, fate) resolve(found.handle, #name, r.name);
     ADL_GUARDED(RESOLVE)
     resolve(found.handle, "llama_n_seq_max", r.llama_n_seq_max);
+    resolve(found.handle, "llama_n_ctx_seq", r.llama_n_ctx_seq);
     resolve(found.handle, "llama_get_model", r.llama_get_model);
     resolve(found.handle, "llama_pooling_type", r.llama_pooling_type);
     resolve(found.handle, "llama_model_has_encoder", r.llama_model_has_encoder);

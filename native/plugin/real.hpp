@@ -17,6 +17,7 @@ struct Real {
     ADL_GUARDED(ADL_MEMBER)
 #undef ADL_MEMBER
     decltype(&::llama_n_seq_max)           llama_n_seq_max           = nullptr;
+    decltype(&::llama_n_ctx_seq)           llama_n_ctx_seq           = nullptr;
     decltype(&::llama_get_model)           llama_get_model           = nullptr;
     decltype(&::llama_pooling_type)        llama_pooling_type        = nullptr;
     decltype(&::llama_model_has_encoder)   llama_model_has_encoder   = nullptr;

@@ -87,6 +87,7 @@ bool apply(Context & context, const uint8_t * state, size_t size, llama_seq_id t
             adl_lockstep_restore(context.lockstep(), seq_id, tokens.data(), pos.data(), n, 0) != ADL_OK) {
             return false;
         }
+        context.begin(seq_id);
     }
     return true;
 }

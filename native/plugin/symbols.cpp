@@ -1,5 +1,6 @@
 // dlsym, past which ctypes, JNA and P/Invoke reach llama.cpp: a handle's search does not look at preloaded libraries.
 
+#include "coverage.hpp"
 #include "fates.hpp"
 #include "real.hpp"
 
@@ -46,6 +47,7 @@ void * find_symbol(void * handle, const char * name) {
 // at the end does. So nothing may be left to do after it.
 extern "C" __attribute__((visibility("default"), noinline)) void * dlsym(void * handle, const char * name) {
     const plugin::Dlsym next = plugin::c_librarys();
+    plugin::look_at_objects(); // what a program opened, it looks up in next
     if (handle != RTLD_NEXT && handle != RTLD_DEFAULT && plugin::is_guarded(name) && next(handle, name) != nullptr) {
         return next(RTLD_DEFAULT, name); // ours: preloaded libraries come first
     }

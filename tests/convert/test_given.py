@@ -13,8 +13,8 @@ import torch
 
 from adlocal.bundle import ADAPTER, HALVES, Bundle
 from adlocal.errors import InputError
+from adlocal.files import cache_directory
 from adlocal_convert.convert import convert
-from adlocal_convert.direction.capabilities import cache_directory
 from adlocal_convert.direction.given import Tensors
 from adlocal_convert.direction.gradient import Gradient
 from adlocal_convert.model.proxy import Proxy

@@ -113,13 +113,6 @@ class Capability:
         return cache / f"{digest.hexdigest()[:32]}.safetensors"
 
 
-def cache_directory() -> Path:
-    """Where gradients are kept: ADLOCAL_CACHE, or adlocal in the user's cache directory."""
-    if own := os.environ.get("ADLOCAL_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adlocal"
-
-
 def parse_traces(given: Sequence[str]) -> dict[str, Path]:
     """Name -> path of `--traces FILE` or `--traces NAME=FILE ...`.
 

@@ -1,0 +1,156 @@
+#include "control.hpp"
+
+#include "process.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cmath>
+#include <cstring>
+#include <ctime>
+#include <fcntl.h>
+#include <sched.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+namespace plugin {
+
+namespace {
+
+constexpr int PATIENCE = 1000; // looks at settings that are being written; the writer needs a microsecond
+
+template <size_t N>
+void copy_text(char (&target)[N], const char * text) {
+    std::strncpy(target, text, N - 1);
+}
+
+// Consistent settings; false where nobody finishes writing them.
+bool read(const adl_control_settings & shared, adl_control_settings & out) {
+    const volatile adl_control_settings & s = shared;
+    for (int look = 0; look < PATIENCE; ++look) {
+        const uint64_t before = s.epoch;
+        std::atomic_thread_fence(std::memory_order_acquire);
+        out = {before, s.strength, s.guard, s.mode, 0};
+        std::atomic_thread_fence(std::memory_order_acquire);
+        if (before % 2 == 0 && s.epoch == before) {
+            return true;
+        }
+        sched_yield();
+    }
+    return false;
+}
+
+bool make_sense(const adl_control_settings & s) {
+    return std::isfinite(s.strength) && s.strength >= 0 && s.guard >= 0 && s.guard <= 1 && s.mode >= ADL_MODE_OFF &&
+           s.mode <= ADL_MODE_PROTECT;
+}
+
+bool protects(const adl_control_settings & s) {
+    return s.mode == ADL_MODE_PROTECT && s.strength > 0;
+}
+
+// Never less than the floor.
+adl_control_settings raised(const adl_control_settings & floor, const adl_control_settings & asked) {
+    if (asked.epoch == 0 || floor.mode == ADL_MODE_OBSERVE) { // a program that only observes goes on doing so
+        return floor;
+    }
+    if (!protects(floor)) {
+        return asked;
+    }
+    adl_control_settings result = floor;
+    result.epoch                = asked.epoch;
+    if (protects(asked)) {
+        result.strength = std::max(floor.strength, asked.strength);
+        result.guard    = std::min(floor.guard, asked.guard);
+    }
+    return result;
+}
+
+} // namespace
+
+Control::Control(const Config & config)
+    : floor_({0, config.strength, config.guard, config.observe ? ADL_MODE_OBSERVE : ADL_MODE_PROTECT, 0}) {
+    if (!config.control_directory.empty() && !map(config.control_directory)) {
+        say("%s: no control file can be made there (%s); protection goes on, and `adlocal status` will not show this program",
+            config.control_directory.c_str(), std::strerror(errno));
+    }
+    if (control_ == nullptr) {
+        control_ = new adl_control();
+    }
+    copy_text(control_->program, program_invocation_short_name);
+    copy_text(control_->bundle, config.bundle.c_str());
+    control_->version   = ADL_CONTROL_VERSION;
+    control_->size      = sizeof *control_;
+    control_->n_seq_max = ADL_CONTROL_N_SEQ_MAX;
+    control_->pid       = static_cast<uint32_t>(getpid());
+    control_->started   = std::time(nullptr);
+    control_->floor     = floor_;
+    std::atomic_thread_fence(std::memory_order_release);
+    std::memcpy(control_->magic, ADL_CONTROL_MAGIC, sizeof control_->magic);
+    show();
+}
+
+bool Control::map(const std::string & directory) {
+    const std::string path = directory + "/" + std::to_string(getpid()) + ".new";
+    unlink(path.c_str()); // of an earlier program with our number
+    const int fd = open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    if (fd < 0) {
+        return false;
+    }
+    void * const mapped = flock(fd, LOCK_EX | LOCK_NB) == 0 && ftruncate(fd, sizeof(adl_control)) == 0
+        ? mmap(nullptr, sizeof(adl_control), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+        : MAP_FAILED;
+    if (mapped == MAP_FAILED) {
+        const int error = errno;
+        unlink(path.c_str());
+        close(fd);
+        errno = error;
+        return false;
+    }
+    control_ = static_cast<adl_control *>(mapped); // and the descriptor stays open: it holds the lock
+    path_    = path;
+    return true;
+}
+
+// Gives the file its name, now that it is whole and locked.
+void Control::show() {
+    if (path_.empty()) {
+        return;
+    }
+    const std::string name = path_.substr(0, path_.rfind('.')) + ".control";
+    if (rename(path_.c_str(), name.c_str()) != 0) {
+        say("%s: %s; `adlocal status` will not show this program", name.c_str(), std::strerror(errno));
+        unlink(path_.c_str());
+        path_.clear();
+        return;
+    }
+    path_ = name;
+}
+
+void Control::remove() const {
+    if (!path_.empty() && control_->pid == static_cast<uint32_t>(getpid())) {
+        unlink(path_.c_str());
+    }
+}
+
+Latched Control::latch(llama_seq_id seq_id) {
+    adl_control_sequence & sequence = control_->sequences[seq_id];
+    adl_control_settings   asked;
+    const bool             whole  = read(sequence.asked, asked);
+    const bool             closed = !whole || (asked.epoch != 0 && !make_sense(asked));
+    if (closed) {
+        say("control file: the settings of sequence %d are %s; its rows are closed", seq_id,
+            whole ? "out of range" : "begun and not finished");
+    }
+    const adl_control_settings in_force = closed ? floor_ : raised(floor_, asked);
+    sequence.in_force                   = in_force;
+    ++sequence.counters.n_begun;
+    return {{in_force.strength, in_force.guard, in_force.mode, false}, closed};
+}
+
+void Control::copy(llama_seq_id source, llama_seq_id target) {
+    control_->sequences[target].in_force = control_->sequences[source].in_force;
+}
+
+} // namespace plugin

@@ -1,0 +1,48 @@
+// The control file (adlocal-control.h), as the program that made it has it.
+
+#pragma once
+
+#include "adlocal-control.h"
+#include "adlocal.h"
+
+#include <string>
+
+namespace plugin {
+
+struct Config;
+
+// What a sequence is protected with until it begins again.
+struct Latched {
+    adl_row_params params;
+    bool           closed; // what was asked for makes no sense: no row of it may be read
+};
+
+class Control {
+  public:
+    // Without a directory, and where no file can be made in it, the same in memory of its own.
+    explicit Control(const Config & config);
+
+    // What a sequence that begins is protected with.
+    Latched latch(llama_seq_id seq_id);
+
+    // What the program was started with.
+    adl_row_params floor() const { return {floor_.strength, floor_.guard, floor_.mode, false}; }
+
+    // A copy of a sequence is protected as the sequence.
+    void copy(llama_seq_id source, llama_seq_id target);
+
+    adl_control_counters & counters(llama_seq_id seq_id) { return control_->sequences[seq_id].counters; }
+
+    // Removes the file, unless a child inherited it.
+    void remove() const;
+
+  private:
+    bool map(const std::string & directory);
+    void show();
+
+    const adl_control_settings floor_; // the file's is for others to read: who writes there changes nothing here
+    adl_control *              control_ = nullptr;
+    std::string                path_;
+};
+
+} // namespace plugin
