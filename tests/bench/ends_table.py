@@ -100,6 +100,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=16, metavar="N")
     parser.add_argument("-n", "--n-predict", type=int, default=32, metavar="N")
     parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 3.0, 10.0], metavar="NATS")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="beside plain")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T")
     args = parser.parse_args()
     with bundle(args.bundle) as directory:
@@ -108,7 +109,7 @@ def main() -> int:
             print("prompts  way       strength  tokens  empty    cut  KL/token  dose/token  end/teacher's", flush=True)
             for raw in (True, False):
                 asked = requests(writer, args.prompts, args.n_predict, raw)
-                settings = [(name, s) for s in args.strengths for name in WAYS]
+                settings = [(name, s) for s in args.strengths for name in args.ways]
                 for name, strength in [("plain", 0.0), *settings]:
                     writer.set(WAYS.get(name, plain), strength)
                     sampling = Sampling(args.temperature, top_k=0, top_p=1.0, min_p=0.0)
