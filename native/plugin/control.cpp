@@ -1,6 +1,7 @@
 #include "control.hpp"
 
 #include "process.hpp"
+#include "system.hpp"
 
 #include <algorithm>
 #include <atomic>
@@ -78,7 +79,7 @@ Control::Control(const Config & config)
     if (control_ == nullptr) {
         control_ = new adl_control();
     }
-    copy_text(control_->program, program_invocation_short_name);
+    copy_text(control_->program, program_name());
     copy_text(control_->bundle, config.bundle.c_str());
     control_->version   = ADL_CONTROL_VERSION;
     control_->size      = sizeof *control_;

@@ -1,10 +1,9 @@
 #include "coverage.hpp"
 
 #include "process.hpp"
-#include "real.hpp"
+#include "system.hpp"
 
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 #include <dlfcn.h>
 #include <elf.h>
@@ -158,7 +157,7 @@ void look_at_objects() {
     for (const Doubtful & object : seen.doubtful) {
         if (object.path.empty() || !exports_llama(object)) {
             die("%s holds llama.cpp and calls it directly, where nothing can stand before it, so it cannot be protected; use a build with "
-                "llama.cpp as a shared library", object.path.empty() ? program_invocation_short_name : object.path.c_str());
+                "llama.cpp as a shared library", object.path.empty() ? program_name() : object.path.c_str());
         }
     }
     seen.doubtful.clear();

@@ -1,8 +1,8 @@
 // What the program that `adlocal run` became is told when it ends.
 
 #include "process.hpp"
+#include "system.hpp"
 
-#include <cerrno>
 #include <cstdlib>
 #include <unistd.h>
 
@@ -19,7 +19,7 @@ __attribute__((destructor)) void farewell() {
         process->control().remove();
     }
     if (is_the_program() && !plugin::Process::has_protected()) {
-        plugin::say("%s made no context of a protected model: nothing of it was protected", program_invocation_short_name);
+        plugin::say("%s made no context of a protected model: nothing of it was protected", plugin::program_name());
     }
 }
 

@@ -77,8 +77,8 @@ llama_context * init(llama_model * model, plugin::HostContextParams host) {
 
 } // namespace
 
-ADL_GUARD llama_context * adl_guarded_init(llama_model * model, plugin::HostContextParams host) __asm__("llama_init_from_model");
-ADL_GUARD llama_context * adl_guarded_new(llama_model * model, plugin::HostContextParams host) __asm__("llama_new_context_with_model");
+ADL_GUARD llama_context * adl_guarded_init(llama_model * model, plugin::HostContextParams host) ADL_LABEL("llama_init_from_model");
+ADL_GUARD llama_context * adl_guarded_new(llama_model * model, plugin::HostContextParams host) ADL_LABEL("llama_new_context_with_model");
 
 llama_context * adl_guarded_init(llama_model * model, plugin::HostContextParams host) {
     return init(model, host);

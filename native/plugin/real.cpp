@@ -1,11 +1,11 @@
 #include "real.hpp"
 
 #include "process.hpp"
+#include "system.hpp"
 
 #include <cstddef>
 #include <cstring>
 #include <dlfcn.h>
-#include <link.h>
 #include <set>
 #include <vector>
 
@@ -24,18 +24,11 @@ void * base_of(const void * address) {
     return dladdr(address, &info) != 0 ? info.dli_fbase : nullptr;
 }
 
-int note_name(dl_phdr_info * info, size_t, void * names) {
-    static_cast<std::vector<std::string> *>(names)->emplace_back(info->dlpi_name);
-    return 0;
-}
-
 // Nothing is opened while objects are listed: the linker's lock is held then.
 std::vector<Found> find_llamas() {
-    std::vector<std::string> names;
-    std::vector<Found>       found;
-    std::set<void *>         bases = {base_of(reinterpret_cast<const void *>(&note_name))};
-    dl_iterate_phdr(note_name, &names);
-    for (const std::string & name : names) {
+    std::vector<Found> found;
+    std::set<void *>   bases = {base_of(reinterpret_cast<const void *>(&base_of))};
+    for (const std::string & name : loaded_objects()) {
         void * handle = dlopen(name.empty() ? nullptr : name.c_str(), RTLD_LAZY | RTLD_NOLOAD);
         void * init   = handle ? find_symbol(handle, "llama_init_from_model") : nullptr;
         // A handle's search goes on to what the object depends on: the definition has to be its own.
@@ -55,14 +48,28 @@ struct Padded {
     unsigned char bytes[4096];
 };
 
+// The caller hands over the place of a large result, as a hidden first argument or in a register of its own: whatever is
+// written there is the host's.
+void call_into(void * function, Padded * place) {
+#if defined(__aarch64__)
+    register Padded * x8 __asm__("x8") = place;
+    __asm__ volatile("blr %1"
+                     : "+r"(x8)
+                     : "r"(function)
+                     : "x0", "x1", "x2", "x3", "x4", "x5", "x6", "x7", "x9", "x10", "x11", "x12", "x13", "x14", "x15", "x16", "x17", "x30",
+                       "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v16", "v17", "v18", "v19", "v20", "v21", "v22", "v23", "v24", "v25",
+                       "v26", "v27", "v28", "v29", "v30", "v31", "memory", "cc");
+#else
+    reinterpret_cast<Padded * (*)(Padded *)>(function)(place);
+#endif
+}
+
 size_t measured(void * function) {
-    // The caller hands over the place of a large result in a hidden argument: whatever is written there is the host's.
-    const auto call = reinterpret_cast<Padded * (*)(Padded *)>(function);
     size_t     size = 0;
     for (const unsigned char fill : {0xA5, 0x5A}) {
         Padded result;
         std::memset(&result, fill, sizeof result);
-        call(&result);
+        call_into(function, &result);
         for (size_t i = sizeof result.bytes; i > size; --i) {
             if (result.bytes[i - 1] != fill) {
                 size = i;

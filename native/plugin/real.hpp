@@ -33,7 +33,4 @@ struct Real {
 // Finds them once. Ends the process in words where there is no llama.cpp that this library knows.
 const Real & real();
 
-// dlsym of the C library: the plugin defines the name itself.
-void * find_symbol(void * handle, const char * name);
-
 } // namespace plugin

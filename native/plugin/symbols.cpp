@@ -2,7 +2,7 @@
 
 #include "coverage.hpp"
 #include "fates.hpp"
-#include "real.hpp"
+#include "system.hpp"
 
 #include <algorithm>
 #include <cstring>
