@@ -48,8 +48,8 @@ def library() -> Path:
     """
     if sys.platform != "linux":
         raise InputError(
-            f"adlocal run preloads a library, which it can on Linux alone, not on {sys.platform}; use "
-            "AntidistillationLlama in Python, or the C library"
+            f"a library can be preloaded on Linux alone, not on {sys.platform}; use adlocal engine --engine "
+            "llama-cpp-python, AntidistillationLlama in Python, or the C library"
         )
     return native.find(FILE_NAME).resolve()
 

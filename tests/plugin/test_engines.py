@@ -6,26 +6,18 @@ drop-in, on a tiny model in F32: engines are compiled otherwise, and greedy text
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from adlocal import AntidistillationLlama
-from support import tiny
-from support.paths import ROOT
-
-ENGINES = ROOT / "build" / "engines"
-STRENGTH, N = 3.0, 16
-PROMPTS = [[tiny.BOS, *text] for text in (b"3 + 4 =", b"a longer one, of some more tokens", b"x", b"and one more")]
+from support.engines import ENGINES, PROMPTS, STRENGTH
 
 pytestmark = [
     pytest.mark.server,
@@ -79,20 +71,6 @@ await llama.dispose();
 """
 
 
-@pytest.fixture(scope="module")
-def expected(tiny_llama: Path, tiny_bundle: Path) -> dict[float, list[list[int]]]:
-    """What the drop-in says, by strength."""
-    kwargs: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
-    with closing(AntidistillationLlama(str(tiny_llama), bundle=tiny_bundle, **kwargs)) as llm:
-        said = {
-            strength: [list(itertools.islice(llm.generate(p, temp=0.0, strength=strength), N)) for p in PROMPTS]
-            for strength in (0.0, STRENGTH)
-        }
-    assert said[0.0] != said[STRENGTH]
-    assert not any(tiny.EOS in tokens for each in said.values() for tokens in each), "an engine would stop there"
-    return said
-
-
 def run(program: Sequence[object], bundle: Path | None, *options: object, **environment: str) -> list[list[int]]:
     """What a program found; under protection with a bundle."""
     own = [sys.executable, "-m", "adlocal", "run", "--bundle", bundle, *options, "--"] if bundle else []
@@ -132,13 +110,13 @@ def test_the_server_of_xllamacpp_is_protected(
     xllamacpp: list[str],
     tiny_llama: Path,
     tiny_bundle: Path,
-    expected: dict[float, list[list[int]]],
+    drop_in_says: dict[float, list[list[int]]],
 ) -> None:
     """One request after the other, and four at a time."""
     program = [*xllamacpp, tiny_llama, n_parallel, json.dumps(PROMPTS), "{}"]
-    assert run(program, None) == expected[0.0]
-    assert run(program, tiny_bundle, "--strength", 0) == expected[0.0]
-    assert run(program, tiny_bundle, "--strength", STRENGTH) == expected[STRENGTH]
+    assert run(program, None) == drop_in_says[0.0]
+    assert run(program, tiny_bundle, "--strength", 0) == drop_in_says[0.0]
+    assert run(program, tiny_bundle, "--strength", STRENGTH) == drop_in_says[STRENGTH]
 
 
 @pytest.mark.parametrize(
@@ -151,16 +129,16 @@ def test_no_parameter_of_a_request_turns_protection_off(
     xllamacpp: list[str],
     tiny_llama: Path,
     tiny_bundle: Path,
-    expected: dict[float, list[list[int]]],
+    drop_in_says: dict[float, list[list[int]]],
 ) -> None:
     program = [*xllamacpp, tiny_llama, 1, json.dumps(PROMPTS), json.dumps(parameters)]
-    assert run(program, tiny_bundle, "--strength", STRENGTH) == expected[STRENGTH]
+    assert run(program, tiny_bundle, "--strength", STRENGTH) == drop_in_says[STRENGTH]
 
 
 def test_a_program_on_node_llama_cpp_is_protected(
-    node: list[str], tiny_llama: Path, tiny_bundle: Path, expected: dict[float, list[list[int]]]
+    node: list[str], tiny_llama: Path, tiny_bundle: Path, drop_in_says: dict[float, list[list[int]]]
 ) -> None:
     program = [*node, tiny_llama, json.dumps(PROMPTS)]
-    assert run(program, None) == expected[0.0]
-    assert run(program, tiny_bundle, "--strength", 0) == expected[0.0]
-    assert run(program, tiny_bundle, "--strength", STRENGTH) == expected[STRENGTH]
+    assert run(program, None) == drop_in_says[0.0]
+    assert run(program, tiny_bundle, "--strength", 0) == drop_in_says[0.0]
+    assert run(program, tiny_bundle, "--strength", STRENGTH) == drop_in_says[STRENGTH]
