@@ -9,7 +9,7 @@ const [modelPath, question] = process.argv.slice(2);
 const llama = await getLlama({gpu: false, build: "never", progressLogs: false, logLevel: "error"});
 const model = await llama.loadModel({modelPath});
 const context = await model.createContext();
-const session = new LlamaChatSession({contextSequence: context.getSequence()});
+const session = new LlamaChatSession({contextSequence: context.getSequence(), systemPrompt: "Be brief."});
 await session.prompt(question, {temperature: 0, maxTokens: 64, onTextChunk: (text) => process.stdout.write(text)});
 console.log();
 await llama.dispose();

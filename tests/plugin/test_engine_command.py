@@ -226,6 +226,7 @@ def test_flags_of_the_model_and_its_context(engine: Engine) -> None:
         "V (f32)",
     ):
         assert words in log
+    assert "warming up" not in log, "as ALONE asks for"
 
 
 @pytest.mark.server
@@ -272,6 +273,45 @@ def test_flags_of_requests(engine: Engine, tmp_path: Path) -> None:
         assert server.status("/under/slots") == 501
         assert server.status("/under/metrics") == 501
         assert server.status("/props") == 404
+
+
+@pytest.mark.server
+@on_linux
+def test_what_is_given_goes_before_what_the_model_recommends(engine: Engine, tmp_path: Path) -> None:
+    recommended = {"temp": 0.5, "top_p": 0.75, "min_p": 0.25}
+    teacher = tiny.write_gguf(tiny.tiny_model(), tmp_path / "teacher.gguf", sampling=recommended)
+    with engine("-np", 1, "-c", 256, "--temp", 0, "--min-p", 0, teacher=teacher) as server:
+        params = server.ask("/props")["default_generation_settings"]["params"]
+        assert [params[name] for name in ("temperature", "top_p", "min_p")] == [0.0, 0.75, 0.0]
+
+
+@pytest.mark.server
+@on_linux
+def test_a_prompt_is_kept_or_not(engine: Engine) -> None:
+    """In its slot, and in memory when another one took the slot."""
+
+    def read(server: Server, prompt: list[int]) -> int:
+        """As many tokens of it as the server had not."""
+        return int(server.ask("/completion", {"prompt": prompt, "n_predict": 1})["timings"]["prompt_n"])
+
+    first, other = PROMPTS[1], PROMPTS[0]
+    for options, again, later in ([], 1, 1), (["-cram", 0], 1, len(first) - 1), (["--no-cache-prompt"], 34, 34):
+        with engine("-np", 1, "-c", 256, *options) as server:
+            found = [read(server, prompt) for prompt in (first, first, other, first)]
+            assert (found[1], found[3]) == (again, later), options
+
+
+@pytest.mark.server
+@on_linux
+@pytest.mark.parametrize("jinja", ["--jinja", "--no-jinja"])
+def test_a_template_by_its_name_with_and_without_jinja(jinja: str, engine: Engine) -> None:
+    messages = {"messages": [{"role": "user", "content": "hello"}]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    with engine("-np", 1, "-c", 256, "--chat-template", "chatml", jinja) as server:
+        found = server.ask("/apply-template", messages)["prompt"]
+        assert found == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+        status = server.status("/apply-template", {**messages, "tools": [tool]})
+        assert (status == 200) == (jinja == "--jinja")
 
 
 # Refusals
