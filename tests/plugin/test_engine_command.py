@@ -9,6 +9,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +31,7 @@ from adlocal.servers import xllamacpp_server
 from support import tiny
 from support.cli import Cli, only_line
 from support.engines import ENGINES, PROMPTS, STRENGTH, N, Server, serving
+from support.paths import ROOT
 
 Engine = Callable[..., AbstractContextManager[Server]]
 
@@ -44,8 +48,10 @@ def engine(tiny_llama: Path, tiny_bundle: Path, tmp_path: Path) -> Engine:
         pytest.skip("needs xllamacpp; run `make test-server`")
 
     @contextmanager
-    def start(*options: object, teacher: Path = tiny_llama, **variables: str) -> Iterator[Server]:
-        command = [*COMMAND, "-m", teacher, "--bundle", tiny_bundle, *ALONE, *options]
+    def start(
+        *options: object, teacher: Path = tiny_llama, bundle: Path = tiny_bundle, **variables: str
+    ) -> Iterator[Server]:
+        command = [*COMMAND, "-m", teacher, "--bundle", bundle, *ALONE, *options]
         environment = {"PYTHONPATH": str(ENGINES / "python"), **variables}
         with serving(command, tmp_path / "log", environment) as server:
             yield server
@@ -437,6 +443,49 @@ def test_elsewhere_it_names_the_other_engine(given: list[object], cli: Cli, monk
     assert (done.status, done.out) == (2, "")
     assert "on Linux alone, not on darwin; use adlocal engine --engine llama-cpp-python" in done.message()
     only_line(done)
+
+
+# examples/llama_server.md
+
+
+GUIDE = (ROOT / "examples" / "llama_server.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The guide's programs."""
+    return re.findall(rf"```{language}\n(.*?)```", GUIDE, re.DOTALL)
+
+
+def test_the_commands_of_the_guide_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keys.txt").write_text("key")
+    commands = [shlex.split(block) for block in blocks("sh") if block.startswith("adlocal")]
+    parsed = [make_parser().parse_args(command[1:]) for command in commands]
+    assert [args.verb for args in parsed] == ["engine", "run", "engine"]
+    assert parsed[1].program == ["llama-server", *commands[1][commands[1].index("llama-server") + 1 :]]
+
+
+@pytest.mark.server
+@on_linux
+@pytest.mark.parametrize("language", ["sh", "python"])
+def test_the_guides_clients_are_answered(
+    language: str, engine: Engine, readable_llama: Path, readable_bundle: Path
+) -> None:
+    """By curl, and by the client of openai, which llm brings."""
+    if language == "sh" and shutil.which("curl") is None:
+        pytest.skip("needs curl")
+    if language == "python" and not (ENGINES / "llm" / "openai").exists():
+        pytest.skip("needs openai; run `make test-server`")
+    own = {"teacher": readable_llama, "bundle": readable_bundle}
+    with engine("-np", 1, "-c", 256, "--strength", STRENGTH, "--api-key", "secret", **own) as server:
+        (text,) = [block for block in blocks(language) if "http://127.0.0.1:8080" in block]
+        text = text.replace("http://127.0.0.1:8080", server.address)
+        command = ["sh", "-ec", text] if language == "sh" else [sys.executable, "-c", text]
+        variables = {**os.environ, "KEY": "secret", "PYTHONPATH": str(ENGINES / "llm")}
+        done = subprocess.run(command, capture_output=True, timeout=100, env=variables)
+        assert done.returncode == 0, done.stderr
+        said = json.loads(done.stdout)["choices"][0]["message"]["content"] if language == "sh" else done.stdout
+        assert said.strip()
 
 
 # llama-cpp-python's own server

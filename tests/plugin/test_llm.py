@@ -19,16 +19,17 @@ QUESTION = "Why is the sky blue?"
 pytestmark = [
     pytest.mark.server,
     pytest.mark.skipif(sys.platform != "linux", reason="libraries are preloaded on Linux alone"),
+    pytest.mark.skipif(not (ENGINES / "llm" / "llm").exists(), reason="needs llm; run `make test-server`"),
 ]
 
 
 def asked(home: Path, *own: object) -> str:
     """Its answer. It samples at 0.2 with a seed that is always the same, so that two plain runs agree."""
-    if not (ENGINES / "llm" / "llm").exists():
-        pytest.skip("needs llm; run `make test-server`")
-    environment = {**os.environ, "PYTHONPATH": str(ENGINES / "llm"), "LLM_USER_PATH": str(home)}
+    own_path = {"PYTHONPATH": str(ENGINES / "llm"), "LLM_USER_PATH": str(home), "OMP_THREAD_LIMIT": "1"}
     command = [*own, sys.executable, "-m", "llm", "--no-log", "-m", "SmolLM2", QUESTION]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=300, env={**os.environ, **own_path}
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "nothing of it was protected" not in done.stderr
     return done.stdout.strip()
@@ -47,5 +48,6 @@ def test_its_answers_are_protected(smollm2: Path, smollm2_bundle: Path, tmp_path
     traces = write_lines(
         tmp_path / "traces.jsonl", *({"prompt": QUESTION, "completion": text} for text in (plain, at_4))
     )
-    found = json.loads(cli("score", "--bundle", smollm2_bundle, traces, "--json").out)
-    pytest.fail(json.dumps(found)[:2000])
+    found = json.loads(cli("score", "--bundle", smollm2_bundle, traces, "--json", "-t", 1).out)
+    before, after = (each["dose_per_token"] for each in found["scores"])
+    assert after > before + 1.0, "some three nats are usual"
