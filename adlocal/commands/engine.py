@@ -50,6 +50,5 @@ def _become_xllamacpp(protection: Protection, values: Mapping[str, Any]) -> None
             listen(host, values.get("port", 8080)).close()
     told = json.dumps({"n_parallel": -1, **values})  # as many as llama-server's default
     sys.stdout.flush()
-    # -P: a file in the working directory is not to be taken for xllamacpp.
-    argv = [sys.executable, "-P", xllamacpp_server.__file__]
+    argv = [sys.executable, xllamacpp_server.__file__]
     os.execve(sys.executable, argv, {**variables, xllamacpp_server.VARIABLE: told})

@@ -63,7 +63,7 @@ def plain(teacher: Path, log: Path, **values: Any) -> AbstractContextManager[Ser
     """The same server without the plugin."""
     told = {"model.path": str(teacher), "port": 0, "warmup": False, "cpuparams.n_threads": 1, **values}
     environment = {"PYTHONPATH": str(ENGINES / "python"), xllamacpp_server.VARIABLE: json.dumps(told)}
-    return serving([sys.executable, "-P", xllamacpp_server.__file__], log, environment)
+    return serving([sys.executable, xllamacpp_server.__file__], log, environment)
 
 
 # Text
@@ -238,7 +238,7 @@ def test_flags_of_the_model_and_its_context(engine: Engine) -> None:
 @pytest.mark.server
 @on_linux
 def test_adapters_of_the_teacher(engine: Engine, adapter: Path, drop_in_says: dict[float, list[list[int]]]) -> None:
-    """At their scales, which a request may change."""
+    """At their scales, which a request may change. What the server has cached is from before, so it is not used."""
     with engine("--strength", 0, "-np", 1, "-c", 256, "--lora", adapter, "--lora-scaled", f"{adapter}:40.5") as server:
         assert [each["scale"] for each in server.ask("/lora-adapters")] == [1.0, 40.5]
         assert [server.tokens(prompt, cache_prompt=False) for prompt in PROMPTS] != drop_in_says[0.0]
