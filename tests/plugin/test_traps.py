@@ -97,9 +97,9 @@ ON_THE_DEVICE = {
     "on the device": (
         "own = (c.llama_sampler_seq_config * 1)(c.llama_sampler_seq_config(0, ctypes.cast(chain, ctypes.c_void_p)))\n"
         "params.samplers, params.n_samplers = own, 1",
-        "told.append(c.llama_get_sampled_token_ith(ctx, 0))",
-        [-1],
         "",
+        [-1],
+        "told or told.append(c.llama_get_sampled_token_ith(ctx, -1))",
     ),
     "on the device, later": ("", "told.append(c.llama_set_sampler(ctx, 0, chain))", [False], ""),
 }
