@@ -1,4 +1,4 @@
-"""Installs the prebuilt engines that tests/plugin/test_engines.py runs, into build/engines."""
+"""Installs the engines that the tests of the mark `server` run, into build/engines."""
 
 from __future__ import annotations
 
@@ -9,22 +9,41 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ENGINES = Path(__file__).resolve().parents[1] / "build" / "engines"
-XLLAMACPP, NODE_LLAMA_CPP = "xllamacpp==2026.10.11549", "node-llama-cpp@3.22.1"
+#: Python packages by folder, the one first that tells whether they are there.
+PYTHON = {
+    "python": ("xllamacpp==2026.10.11549",),
+    "llm": ("llm==0.36",),
+    "server": (
+        "uvicorn==0.54.0",
+        "fastapi==0.163.2",
+        "pydantic-settings==2.16.3",
+        "sse-starlette==3.7.0",
+        "starlette-context>=0.3.6,<0.4",
+        "PyYAML",
+    ),
+}
+#: npm's packages by folder. The older node-llama-cpp holds a llama.cpp that the plugin does not know.
+NODE = {
+    "node": ("node-llama-cpp@3.22.1",),
+    "node-3.21.1": ("node-llama-cpp@3.21.1", "@node-llama-cpp/linux-x64@3.21.1", "--omit=optional"),
+}
 
 
 def main() -> int:
     """Installs what is missing; says what cannot be had, whose tests are skipped then."""
-    if not (ENGINES / "python" / "xllamacpp").exists():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(ENGINES / "python")]
-        install(XLLAMACPP, [*pip, XLLAMACPP], ENGINES)
-    npm, node = shutil.which("npm"), ENGINES / "node"
-    if npm is None:
-        print(f"{NODE_LLAMA_CPP}: needs npm; its tests will be skipped", file=sys.stderr)
-    elif not (node / "node_modules" / "node-llama-cpp").exists():
-        node.mkdir(parents=True, exist_ok=True)
-        (node / "package.json").write_text('{"type": "module", "private": true}\n')
-        options = ["--no-audit", "--no-fund", "--ignore-scripts", "--loglevel", "error"]
-        install(NODE_LLAMA_CPP, [npm, "install", *options, NODE_LLAMA_CPP], node)
+    for folder, packages in PYTHON.items():
+        if not (ENGINES / folder / packages[0].partition("==")[0]).exists():
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(ENGINES / folder)]
+            install(packages[0], [*pip, *packages], ENGINES)
+    npm = shutil.which("npm")
+    for folder, packages in NODE.items():
+        if npm is None:
+            print(f"{packages[0]}: needs npm; its tests will be skipped", file=sys.stderr)
+        elif not (ENGINES / folder / "node_modules" / "node-llama-cpp").exists():
+            (ENGINES / folder).mkdir(parents=True, exist_ok=True)
+            (ENGINES / folder / "package.json").write_text('{"type": "module", "private": true}\n')
+            options = ["--no-audit", "--no-fund", "--ignore-scripts", "--loglevel", "error"]
+            install(packages[0], [npm, "install", *options, *packages], ENGINES / folder)
     return 0
 
 

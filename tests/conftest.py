@@ -19,6 +19,7 @@ from typing import Any
 import llama_cpp
 import pytest
 
+from adlocal import AntidistillationLlama
 from adlocal.bundle import Bundle
 from adlocal.errors import BundleError
 from adlocal_convert.convert import convert
@@ -30,6 +31,7 @@ from support.adapters import Pairs
 from support.alone import N_CTX, use_exact_kernels, write_ending_teacher
 from support.cli import Cli, runner
 from support.encoders import Encoders
+from support.engines import PROMPTS, STRENGTH, N
 from support.faults import Faults
 from support.json_lines import write_lines
 from support.paths import REAL_TRACES, ROOT
@@ -103,6 +105,23 @@ def tiny_bundle(tiny_llama: Path, tiny_traces: Path, tmp_path_factory: pytest.Te
 
 
 @pytest.fixture(scope="session")
+def readable_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose every token is text: pairs of letters take the place of bytes beyond ASCII."""
+    pairs = ["".join(pair) for pair in itertools.product("abcdefghijkl", repeat=2)]
+    path = tmp_path_factory.mktemp("readable") / "llama.gguf"
+    return tiny.write_gguf(tiny.tiny_model(), path, tiny.CHAT_TEMPLATE, [*tiny.BYTES[:128], *pairs[:128]])
+
+
+@pytest.fixture(scope="session")
+def readable_bundle(readable_llama: Path, tiny_traces: Path) -> Path:
+    """A bundle of it."""
+    out = readable_llama.with_name("bundle")
+    options = Options(str(readable_llama), {"traces": tiny_traces}, out, carriers=1.0, n_threads=1)
+    convert(options, lambda line: None)
+    return out
+
+
+@pytest.fixture(scope="session")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
     """Encoders of tiny models by chat template."""
     return Encoders(tmp_path_factory.mktemp("encoders"))
@@ -124,6 +143,20 @@ def adapter_bundle(tiny_pairs: Pairs, tmp_path_factory: pytest.TempPathFactory) 
 def equal_halves(tiny_pairs: Pairs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The halves that the adapter bundle must equal."""
     return tiny_pairs.write_halves(tmp_path_factory.mktemp("halves") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def drop_in_says(tiny_llama: Path, tiny_bundle: Path) -> dict[float, list[list[int]]]:
+    """What the drop-in goes on with after each prompt that engines are asked, by strength."""
+    kwargs: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    with closing(AntidistillationLlama(str(tiny_llama), bundle=tiny_bundle, **kwargs)) as llm:
+        said = {
+            strength: [list(itertools.islice(llm.generate(p, temp=0.0, strength=strength), N)) for p in PROMPTS]
+            for strength in (0.0, STRENGTH)
+        }
+    assert said[0.0] != said[STRENGTH]
+    assert not any(tiny.EOS in tokens for each in said.values() for tokens in each), "an engine would stop there"
+    return said
 
 
 @pytest.fixture(scope="session")

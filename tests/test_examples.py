@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import itertools
 import os
 import re
 import shutil
@@ -22,9 +21,6 @@ from typing import Any
 import pytest
 
 from adlocal import ProxyError
-from adlocal_convert.convert import convert
-from adlocal_convert.options import Options
-from support import tiny
 from support.paths import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -162,23 +158,6 @@ class Chat:
             self.window.close()
             with pytest.raises(self._gone, match="has been destroyed"):
                 self.until(lambda: not self.root.winfo_exists())
-
-
-@pytest.fixture(scope="module")
-def readable_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model whose every token is text: pairs of letters take the place of bytes beyond ASCII."""
-    pairs = ["".join(pair) for pair in itertools.product("abcdefghijkl", repeat=2)]
-    path = tmp_path_factory.mktemp("readable") / "llama.gguf"
-    return tiny.write_gguf(tiny.tiny_model(), path, tiny.CHAT_TEMPLATE, [*tiny.BYTES[:128], *pairs[:128]])
-
-
-@pytest.fixture(scope="module")
-def readable_bundle(readable_llama: Path, tiny_traces: Path) -> Path:
-    """A bundle of it."""
-    out = readable_llama.with_name("bundle")
-    options = Options(str(readable_llama), {"traces": tiny_traces}, out, carriers=1.0, n_threads=1)
-    convert(options, lambda line: None)
-    return out
 
 
 @pytest.fixture

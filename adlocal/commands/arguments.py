@@ -37,6 +37,30 @@ def add_protection(parser: argparse.ArgumentParser, required: bool = False) -> N
     )
 
 
+def add_preloaded(parser: argparse.ArgumentParser) -> None:
+    """Protection of a program that nobody changed, which `run.protection_of` reads."""
+    add_protection(parser, required=True)
+    parser.add_argument("--epsilon", type=eps, metavar="STEP", help="for an adapter bundle; the bundle's by default")
+    parser.add_argument("--observe", action="store_true", help="evaluate the proxies and change nothing")
+    parser.add_argument("--proxy-threads", type=count, metavar="N", help="the teacher's by default")
+    parser.add_argument("--proxy-gpu-layers", type=int, metavar="N", help="layers of the proxies to offload")
+    parser.add_argument(
+        "--allow-model",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a model that may generate unprotected: a draft, or one of another vocabulary than the bundle's; may be "
+        "repeated",
+    )
+    add_control(parser)
+
+
+def add_control(parser: argparse.ArgumentParser) -> None:
+    """Where programs under protection are watched."""
+    parser.add_argument("--control", type=Path, metavar="DIR", help="where control files lie; your own by default")
+
+
 def add_sampling(parser: argparse.ArgumentParser, temp: float) -> None:
     """How tokens are sampled; `temp` is the default temperature."""
     parser.add_argument("--temp", type=temperature, default=temp, metavar="T", help="0 is greedy")

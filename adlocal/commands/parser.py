@@ -12,7 +12,20 @@ from typing import Any, NoReturn
 from ..bundle import HALVES, NAMES
 from ..bundle.choices import BALANCED, PARAMS, QUALITIES
 from ..settings import DEFAULT_GUARD
-from .arguments import add_protected, add_protection, add_runtime, add_sampling, count, eps, seconds, seed, temperature
+from .arguments import (
+    add_control,
+    add_preloaded,
+    add_protected,
+    add_protection,
+    add_runtime,
+    add_sampling,
+    count,
+    eps,
+    seconds,
+    seed,
+    temperature,
+)
+from .server_arguments import ENGINES, add_server
 
 Handler = Callable[[argparse.Namespace], None]
 
@@ -32,6 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_calibrate,
         _add_score,
         _add_run,
+        _add_engine,
         _add_status,
         _add_plugin,
         _add_bench,
@@ -262,28 +276,27 @@ def _add_run(verbs: Any) -> None:
     description = "Start a llama.cpp program that nobody changed, under protection (Linux)"
     example = "adlocal run --bundle bundle/ -- llama-server -m teacher.gguf --parallel 4"
     parser = _add(verbs, "run", _verb("run"), description, example)
-    add_protection(parser, required=True)
-    parser.add_argument("--epsilon", type=eps, metavar="STEP", help="for an adapter bundle; the bundle's by default")
-    parser.add_argument("--observe", action="store_true", help="evaluate the proxies and change nothing")
-    parser.add_argument("--proxy-threads", type=count, metavar="N", help="the teacher's by default")
-    parser.add_argument("--proxy-gpu-layers", type=int, metavar="N", help="layers of the proxies to offload")
-    parser.add_argument(
-        "--allow-model",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="a model of another vocabulary than the bundle's that may generate, unprotected; may be repeated",
-    )
-    _add_control(parser)
+    add_preloaded(parser)
     parser.add_argument(
         "--libllama", type=Path, metavar="FILE", help="the program's llama.cpp, where it needs a plugin of its own"
     )
     parser.add_argument("program", nargs="+", metavar="PROGRAM", help="and its arguments, after --")
 
 
-def _add_control(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--control", type=Path, metavar="DIR", help="where control files lie; your own by default")
+def _add_engine(verbs: Any) -> None:
+    description = "Serve a teacher under protection, with llama-server's HTTP API and flags"
+    example = "adlocal engine -m teacher.gguf --bundle bundle/ --parallel 4 --port 8080"
+    parser = _add(verbs, "engine", _verb("engine"), description, example)
+    add_preloaded(parser)
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="xllamacpp (Linux; adlocal[engine]), or where it cannot be protected llama-cpp-python's own server, which "
+        "answers one request at a time",
+    )
+    add_server(parser)
+    parser.set_defaults(libllama=None)  # it brings its own
 
 
 def _add_plugin(verbs: Any) -> None:
@@ -304,7 +317,7 @@ def _add_plugin(verbs: Any) -> None:
 def _add_status(verbs: Any) -> None:
     description = "Show what the programs under adlocal run are doing"
     parser = _add(verbs, "status", _verb("status"), description, "adlocal status --watch")
-    _add_control(parser)
+    add_control(parser)
     parser.add_argument("pid", nargs="*", type=count, metavar="PID", help="only these; all by default")
     parser.add_argument(
         "-w",

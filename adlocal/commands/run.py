@@ -16,10 +16,25 @@ from ..settings import resolve
 
 def run(args: argparse.Namespace) -> None:
     """Becomes the program: its signals, its terminal and its exit status are its own."""
+    variables = environment(protection_of(args), os.environ)
+    program = _found(args.program[0])
+    sys.stdout.flush()
+    os.execve(program, args.program, variables)
+
+
+def protection_of(args: argparse.Namespace, teacher: str | None = None) -> Protection:
+    """What `arguments.add_preloaded` asked for.
+
+    Args:
+        teacher: the GGUF that is protected; None where the program alone knows which it loads.
+
+    Raises:
+        InputError: the bundle or a value cannot be used.
+    """
     bundle = Bundle.open(args.bundle)
-    protection = Protection(
+    return Protection(
         bundle,
-        resolve(bundle, None, args.strength, args.guard),  # which teacher it loads, the program alone knows
+        resolve(bundle, teacher, args.strength, args.guard),
         epsilon=args.epsilon,
         observe=args.observe,
         proxy_n_threads=args.proxy_threads,
@@ -28,10 +43,6 @@ def run(args: argparse.Namespace) -> None:
         control_directory=args.control,
         libllama=args.libllama,
     )
-    variables = environment(protection, os.environ)
-    program = _found(args.program[0])
-    sys.stdout.flush()
-    os.execve(program, args.program, variables)
 
 
 def _found(name: str) -> str:

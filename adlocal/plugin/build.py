@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 from ..errors import InputError, NativeError
@@ -86,10 +87,8 @@ def build(include: Path, version: str) -> Path:
 
 
 def _command(source: Path, include: Path, version: str, target: Path) -> list[str]:
-    from .. import __version__
-
     files = [*(source / "src").glob("*.cpp"), *(source / "plugin").glob("*.cpp")]
-    defined = [f'-DADL_VERSION="{__version__}"', f'-DADL_LLAMA_VERSION="{version}"']
+    defined = [f'-DADL_VERSION="{metadata.version("adlocal")}"', f'-DADL_LLAMA_VERSION="{version}"']
     included = [f"-I{path}" for path in (source / "include", include, *_ggml(include))]
     linked = [f"-Wl,--version-script={source / 'adlocal-plugin.map'}", "-ldl"]
     return [*_compiler(), *_FLAGS, *defined, *included, *map(str, sorted(files)), "-o", str(target), *linked]

@@ -95,13 +95,10 @@ class Counters:
     dose: float = 0.0
 
     def __add__(self, other: Counters) -> Counters:
-        return Counters(*(a + b for a, b in zip(self._values(), other._values(), strict=True)))
+        return Counters(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
     def __sub__(self, other: Counters) -> Counters:
-        return Counters(*(a - b for a, b in zip(self._values(), other._values(), strict=True)))
-
-    def _values(self) -> tuple[float, ...]:
-        return tuple(vars(self).values())
+        return Counters(**{name: value - getattr(other, name) for name, value in vars(self).items()})
 
 
 class Control:

@@ -53,8 +53,8 @@ def library(libllama: Path | None = None) -> Path:
     """
     if sys.platform != "linux":
         raise InputError(
-            f"adlocal run preloads a library, which it can on Linux alone, not on {sys.platform}; use "
-            "AntidistillationLlama in Python, or the C library"
+            f"a library can be preloaded on Linux alone, not on {sys.platform}; use adlocal engine --engine "
+            "llama-cpp-python, AntidistillationLlama in Python, or the C library"
         )
     if libllama is None or (version := version_of(libllama)) in ALIKE:
         return native.find(FILE_NAME).resolve()

@@ -25,7 +25,7 @@ from support import tiny
 from support.cli import Cli, Done, only_line, refused
 from support.json_lines import write_lines
 
-VERBS = ("traces", "convert", "inspect", "generate", "calibrate", "score", "bench", "demo")
+VERBS = ("traces", "convert", "inspect", "generate", "calibrate", "score", "run", "engine", "bench", "demo")
 
 
 @pytest.fixture

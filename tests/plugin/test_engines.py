@@ -6,26 +6,20 @@ drop-in, on a tiny model in F32: engines are compiled otherwise, and greedy text
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from adlocal import AntidistillationLlama
-from support import tiny
+from support.engines import ENGINES, PROMPTS, STRENGTH
 from support.paths import ROOT
-
-ENGINES = ROOT / "build" / "engines"
-STRENGTH, N = 3.0, 16
-PROMPTS = [[tiny.BOS, *text] for text in (b"3 + 4 =", b"a longer one, of some more tokens", b"x", b"and one more")]
 
 pytestmark = [
     pytest.mark.server,
@@ -79,18 +73,8 @@ await llama.dispose();
 """
 
 
-@pytest.fixture(scope="module")
-def expected(tiny_llama: Path, tiny_bundle: Path) -> dict[float, list[list[int]]]:
-    """What the drop-in says, by strength."""
-    kwargs: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
-    with closing(AntidistillationLlama(str(tiny_llama), bundle=tiny_bundle, **kwargs)) as llm:
-        said = {
-            strength: [list(itertools.islice(llm.generate(p, temp=0.0, strength=strength), N)) for p in PROMPTS]
-            for strength in (0.0, STRENGTH)
-        }
-    assert said[0.0] != said[STRENGTH]
-    assert not any(tiny.EOS in tokens for each in said.values() for tokens in each), "an engine would stop there"
-    return said
+#: The command of a Node program of this text, with the node-llama-cpp of a folder.
+OnNode = Callable[..., list[str]]
 
 
 def run(program: Sequence[object], bundle: Path | None, *options: object, **environment: str) -> list[list[int]]:
@@ -116,14 +100,21 @@ def xllamacpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> list[str]:
-    """The command that starts a program on node-llama-cpp."""
-    program = shutil.which("node")
-    if program is None or not (ENGINES / "node" / "node_modules" / "node-llama-cpp").exists():
-        pytest.skip("needs Node and node-llama-cpp; run `make test-server`")
-    path = ENGINES / "node" / f"{tmp_path.name}.mjs"
-    path.write_text(NODE)
-    return [program, str(path)]
+def node() -> Iterator[OnNode]:
+    """Makes the command that starts a program on node-llama-cpp."""
+    written = []
+
+    def command(text: str = NODE, folder: str = "node") -> list[str]:
+        program, directory = shutil.which("node"), ENGINES / folder
+        if program is None or not (directory / "node_modules" / "node-llama-cpp").exists():
+            pytest.skip("needs Node and node-llama-cpp; run `make test-server`")
+        written.append(directory / f"program-{os.getpid()}.mjs")  # beside what it imports
+        written[-1].write_text(text)
+        return [program, str(written[-1])]
+
+    yield command
+    for path in written:
+        path.unlink()
 
 
 @pytest.mark.parametrize("n_parallel", [1, 4])
@@ -132,13 +123,13 @@ def test_the_server_of_xllamacpp_is_protected(
     xllamacpp: list[str],
     tiny_llama: Path,
     tiny_bundle: Path,
-    expected: dict[float, list[list[int]]],
+    drop_in_says: dict[float, list[list[int]]],
 ) -> None:
     """One request after the other, and four at a time."""
     program = [*xllamacpp, tiny_llama, n_parallel, json.dumps(PROMPTS), "{}"]
-    assert run(program, None) == expected[0.0]
-    assert run(program, tiny_bundle, "--strength", 0) == expected[0.0]
-    assert run(program, tiny_bundle, "--strength", STRENGTH) == expected[STRENGTH]
+    assert run(program, None) == drop_in_says[0.0]
+    assert run(program, tiny_bundle, "--strength", 0) == drop_in_says[0.0]
+    assert run(program, tiny_bundle, "--strength", STRENGTH) == drop_in_says[STRENGTH]
 
 
 @pytest.mark.parametrize(
@@ -151,16 +142,43 @@ def test_no_parameter_of_a_request_turns_protection_off(
     xllamacpp: list[str],
     tiny_llama: Path,
     tiny_bundle: Path,
-    expected: dict[float, list[list[int]]],
+    drop_in_says: dict[float, list[list[int]]],
 ) -> None:
     program = [*xllamacpp, tiny_llama, 1, json.dumps(PROMPTS), json.dumps(parameters)]
-    assert run(program, tiny_bundle, "--strength", STRENGTH) == expected[STRENGTH]
+    assert run(program, tiny_bundle, "--strength", STRENGTH) == drop_in_says[STRENGTH]
 
 
 def test_a_program_on_node_llama_cpp_is_protected(
-    node: list[str], tiny_llama: Path, tiny_bundle: Path, expected: dict[float, list[list[int]]]
+    node: OnNode, tiny_llama: Path, tiny_bundle: Path, drop_in_says: dict[float, list[list[int]]]
 ) -> None:
-    program = [*node, tiny_llama, json.dumps(PROMPTS)]
-    assert run(program, None) == expected[0.0]
-    assert run(program, tiny_bundle, "--strength", 0) == expected[0.0]
-    assert run(program, tiny_bundle, "--strength", STRENGTH) == expected[STRENGTH]
+    program = [*node(), tiny_llama, json.dumps(PROMPTS)]
+    assert run(program, None) == drop_in_says[0.0]
+    assert run(program, tiny_bundle, "--strength", 0) == drop_in_says[0.0]
+    assert run(program, tiny_bundle, "--strength", STRENGTH) == drop_in_says[STRENGTH]
+
+
+def test_a_node_llama_cpp_with_another_llama_cpp_is_refused(node: OnNode, tiny_llama: Path, tiny_bundle: Path) -> None:
+    """In one line, before it writes anything; without protection it runs."""
+    program = [*node(folder="node-3.21.1"), tiny_llama, json.dumps(PROMPTS)]
+    assert len(run(program, None)) == len(PROMPTS)
+    own = [sys.executable, "-m", "adlocal", "run", "--bundle", tiny_bundle, "--"]
+    done = subprocess.run(list(map(str, [*own, *program])), capture_output=True, text=True, timeout=150)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert re.match(r"adlocal: .*libllama.*: the host's llama.cpp is 0\.4\.0-dev, and adlocal was compiled for", line)
+
+
+def test_the_example_for_node_is_protected(node: OnNode, tiny_llama: Path, tiny_bundle: Path) -> None:
+    """At strength 0 what it says by itself."""
+    text = (ROOT / "examples" / "node_llama_cpp.mjs").read_text()
+    on_one_core = text.replace("createContext()", "createContext({threads: 1})")  # threads of a busy machine spin
+    assert on_one_core != text
+    program = [*node(on_one_core), tiny_llama, "3 + 4 ="]
+    own = [sys.executable, "-m", "adlocal", "run", "--bundle", tiny_bundle]
+    plain, at_0, at_3 = (
+        subprocess.run(list(map(str, [*before, *program])), capture_output=True, timeout=150, check=True).stdout
+        for before in ([], [*own, "--strength", 0, "--"], [*own, "--strength", STRENGTH, "--"])
+    )
+    assert plain.strip()
+    assert plain == at_0
+    assert at_0 != at_3

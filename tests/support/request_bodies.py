@@ -10,7 +10,25 @@ ROUTES = ("/completion", "/v1/completions", "/v1/chat/completions", "/infill", "
 
 _WORDS = ("3 + 4 =", "a longer one, of some more tokens", "x", "", "\u00e9\u4e16 \U0001f600", " " * 40, "x" * 200)
 _SAMPLERS = ("top_k", "typ_p", "top_p", "min_p", "temperature", "xtc", "dry", "penalties", "top_n_sigma", "infill")
-_ANYTHING = (None, True, -1, 0, 1, 2**31, 1e308, -0.5, "", "x", [], [1], {}, {"a": 1}, [None], "\x00", float("nan"))
+_ANYTHING: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2**31,
+    1e308,
+    -0.5,
+    "",
+    "x",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    [None],
+    "\x00",
+    float("nan"),
+)
 
 # Values that mean something, by the name of the parameter.
 _PARAMETERS: dict[str, tuple[Any, ...]] = {

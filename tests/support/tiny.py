@@ -47,8 +47,17 @@ def tiny_model(architecture: str = "llama", seed: int = 0, **overrides: Any) -> 
     return model
 
 
-def write_gguf(model: Any, path: Path, chat_template: str | None = None, pieces: list[str] | None = None) -> Path:
-    """Writes a transformers model as an F32 GGUF with a byte vocabulary (gpt2 tokenizer without merges)."""
+def write_gguf(
+    model: Any,
+    path: Path,
+    chat_template: str | None = None,
+    pieces: list[str] | None = None,
+    sampling: dict[str, float] | None = None,
+) -> Path:
+    """Writes a transformers model as an F32 GGUF with a byte vocabulary (gpt2 tokenizer without merges).
+
+    `sampling` is what the model recommends, by llama.cpp's keys after `general.sampling.`.
+    """
     config = model.config
     architecture = config.model_type
     writer = gguf.GGUFWriter(path, architecture)
@@ -65,6 +74,8 @@ def write_gguf(model: Any, path: Path, chat_template: str | None = None, pieces:
     add_vocabulary(writer, config.vocab_size, pieces or BYTES)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
+    for key, value in (sampling or {}).items():
+        writer.add_float32(f"general.sampling.{key}", value)
     parameters = dict(model.named_parameters())
     arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(arch, config.num_hidden_layers)

@@ -1,0 +1,54 @@
+"""`adlocal engine`: an HTTP server under protection, for people who have none."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import AdlocalError, InputError
+from ..llamacpp.gguf import GGUFHeader
+from ..plugin import Protection, environment
+from ..servers import llama_cpp_server, xllamacpp_server
+from ..servers.addresses import listen
+from .run import protection_of
+from .server_arguments import LLAMA_CPP_PYTHON, given
+
+#: Variables by which others would have a say: llama-server's arguments, and what its router tells its children.
+_OTHERS = ("LLAMA_ARG_", "LLAMA_SERVER_")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serves until a signal ends it."""
+    values = given(args)
+    GGUFHeader(values["model.path"])
+    protection = protection_of(args, values["model.path"])
+    if args.engine == LLAMA_CPP_PYTHON:
+        _check_known(args, values)
+        llama_cpp_server.serve(protection, values)
+    else:
+        _become_xllamacpp(protection, values)
+
+
+def _check_known(args: argparse.Namespace, values: Mapping[str, Any]) -> None:
+    unknown = [args.flags[path] for path in values if path not in llama_cpp_server.KNOWN]
+    unknown += ["--observe"] * args.observe + ["--allow-model"] * bool(args.allow_model)
+    if unknown:
+        raise InputError(f"{', '.join(unknown)}: not with --engine {LLAMA_CPP_PYTHON}; leave it out")
+
+
+def _become_xllamacpp(protection: Protection, values: Mapping[str, Any]) -> None:
+    variables = environment(protection, {n: value for n, value in os.environ.items() if not n.startswith(_OTHERS)})
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise AdlocalError("xllamacpp, whose server this is, is not installed; run: pip install 'adlocal[engine]'")
+    for host in values.get("hostnames", ["127.0.0.1"]):
+        if not host.endswith(".sock"):  # before the weights are read, which can take a while
+            listen(host, values.get("port", 8080)).close()
+    told = json.dumps({"n_parallel": -1, **values})  # as many as llama-server's default
+    sys.stdout.flush()
+    argv = [sys.executable, xllamacpp_server.__file__]
+    os.execve(sys.executable, argv, {**variables, xllamacpp_server.VARIABLE: told})
