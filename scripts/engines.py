@@ -1,4 +1,4 @@
-"""Installs the prebuilt engines that tests/plugin/test_engines.py runs, into build/engines."""
+"""Installs the engines that tests/plugin runs, into build/engines: prebuilt ones, and a llama-server that it builds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ENGINES = Path(__file__).resolve().parents[1] / "build" / "engines"
+import llama_server
+from llama_server import ENGINES
+
 XLLAMACPP, NODE_LLAMA_CPP = "xllamacpp==2026.10.11549", "node-llama-cpp@3.22.1"
 
 
@@ -25,6 +27,10 @@ def main() -> int:
         (node / "package.json").write_text('{"type": "module", "private": true}\n')
         options = ["--no-audit", "--no-fund", "--ignore-scripts", "--loglevel", "error"]
         install(NODE_LLAMA_CPP, [npm, "install", *options, NODE_LLAMA_CPP], node)
+    try:
+        llama_server.build()
+    except (subprocess.SubprocessError, OSError) as error:
+        print(f"llama-server: cannot be built ({error}); its tests will be skipped", file=sys.stderr)
     return 0
 
 
