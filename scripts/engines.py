@@ -1,4 +1,4 @@
-"""Installs the engines that the tests of the mark `server` run, into build/engines."""
+"""Installs the engines that tests/plugin runs, into build/engines: prebuilt ones, and a llama-server that it builds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ENGINES = Path(__file__).resolve().parents[1] / "build" / "engines"
+import llama_server
+from llama_server import ENGINES
+
 #: Python packages by folder, the one first that tells whether they are there.
 PYTHON = {
     "python": ("xllamacpp==2026.10.11549",),
@@ -44,6 +46,10 @@ def main() -> int:
             (ENGINES / folder / "package.json").write_text('{"type": "module", "private": true}\n')
             options = ["--no-audit", "--no-fund", "--ignore-scripts", "--loglevel", "error"]
             install(packages[0], [npm, "install", *options, *packages], ENGINES / folder)
+    try:
+        llama_server.build()
+    except (subprocess.SubprocessError, OSError) as error:
+        print(f"llama-server: cannot be built ({error}); its tests will be skipped", file=sys.stderr)
     return 0
 
 

@@ -78,9 +78,17 @@ ADL_SAMPLED(llama_token, llama_get_sampled_token_ith, LLAMA_TOKEN_NULL)
 ADL_SAMPLED(float *, llama_get_sampled_probs_ith, nullptr)
 ADL_SAMPLED(uint32_t, llama_get_sampled_probs_count_ith, 0)
 ADL_SAMPLED(float *, llama_get_sampled_logits_ith, nullptr)
-ADL_SAMPLED(uint32_t, llama_get_sampled_logits_count_ith, 0)
 ADL_SAMPLED(llama_token *, llama_get_sampled_candidates_ith, nullptr)
 ADL_SAMPLED(uint32_t, llama_get_sampled_candidates_count_ith, 0)
+
+// How long a row is, to llama-server: where nothing was sampled on the device, as long as the vocabulary.
+ADL_GUARD uint32_t llama_get_sampled_logits_count_ith(llama_context * context, int32_t i) {
+    if (find(context) == nullptr) {
+        return is_shut(context) ? 0 : real().llama_get_sampled_logits_count_ith(context, i);
+    }
+    const auto & llama = real().table;
+    return static_cast<uint32_t>(llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(real().llama_get_model(context))));
+}
 
 ADL_GUARD void llama_opt_init(llama_context * context, llama_model * model, llama_opt_params params) {
     if (find(context) != nullptr) {

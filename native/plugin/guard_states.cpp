@@ -167,7 +167,7 @@ ADL_GUARD size_t llama_state_seq_save_file(
 ADL_GUARD size_t llama_state_seq_load_file(
         llama_context * context, const char * path, llama_seq_id seq_id, llama_token * tokens, size_t capacity, size_t * n) {
     Context * c = find(context);
-    if (c == nullptr) {
+    if (c == nullptr || tokens == nullptr) { // without tokens it says how many there are, and restores nothing
         return real().llama_state_seq_load_file(context, path, seq_id, tokens, capacity, n);
     }
     const plugin::StrippedFile file(path);

@@ -592,7 +592,11 @@ void adl_lockstep::seq_cp(llama_seq_id source, llama_seq_id target, llama_pos p0
     const size_t       n_held = std::min(std::max(s.n_held, first), last) - first;
     const bool         follows = t.cells.empty() || first == last || t.cells.back().pos < s.cells[first].pos;
     if (n_held > 0) {
-        pair.seq_cp(source, target, from, s.cells[first + n_held - 1].pos + 1);
+        if (n_held == s.n_held) { // streams can only be copied whole
+            pair.seq_cp(source, target, -1, -1);
+        } else {
+            pair.seq_cp(source, target, from, s.cells[first + n_held - 1].pos + 1);
+        }
         follow_pair();
     }
     t.steered = s.steered;

@@ -685,6 +685,9 @@ void llama_memory_seq_cp(llama_memory_t mem, llama_seq_id s, llama_seq_id t, lla
     if (bad_sequence(mem->ctx, s, "llama_memory_seq_cp: no such source") || bad_sequence(mem->ctx, t, "llama_memory_seq_cp: no such target")) {
         return;
     }
+    if (!mem->ctx->params.kv_unified && s != t && (p0 > 0 || p1 > 0)) {
+        violate("llama_memory_seq_cp: a part of a stream");
+    }
     const bool all = file_of(mem->ctx->model->path).recurrent;
     for (Cell & cell : mem->ctx->cells) {
         if (cell.seqs.count(s) && (all || in_range(cell, p0, p1))) {

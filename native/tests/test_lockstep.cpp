@@ -621,6 +621,18 @@ TEST(copies_are_read_once) {
     CHECK_EQ(step.stats().n_pair_tokens, n + 1);
 }
 
+TEST(copies_between_streams_are_whole) {
+    models::install();
+    adl_pair_params of    = models::params();
+    of.context.kv_unified = false;
+    Step step(false, of);
+    CHECK_EQ(step.append(0, prompt(true), protect()), ADL_OK);
+    CHECK_EQ(adl_lockstep_memory_seq_cp(step.lockstep, 0, 1, -1, -1), ADL_OK);
+    step.held[1] = step.held[0];
+    CHECK_EQ(step.append(1, {8}, protect(2.0, 0.0)), ADL_OK);
+    check_row(step, 0, step.held[1], protect(2.0, 0.0));
+}
+
 TEST(a_restored_state_waits) {
     models::install();
     Step         step;

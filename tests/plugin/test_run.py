@@ -189,6 +189,29 @@ def test_states_of_sequences_and_files_are_followed_and_strange_ones_refused(
     assert sorted(path.name for path in tmp_path.iterdir() if "state" in path.name) == ["state", "state.all"]
 
 
+def test_asking_a_file_how_many_tokens_it_holds_restores_nothing(
+    tiny_llama: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """As llama-server does before it restores a slot."""
+    text = OPEN + (
+        "import ctypes\n"
+        "ctx, path, n = llm._ctx.ctx, sys.argv[3].encode(), ctypes.c_size_t()\n"
+        "other, tokens = (llm.tokenize(text.encode()) for text in ('something else', sys.argv[2]))\n"
+        "llm.eval(other)\n"
+        "ids = (llama_cpp.llama_token * len(other))(*other)\n"
+        "assert llama_cpp.llama_state_seq_save_file(ctx, path, 0, ids, len(other)) > 0\n"
+        "whole = greedy(sys.argv[2])\n"
+        "llm.reset(); llm.eval(tokens)\n"
+        "assert llama_cpp.llama_state_seq_load_file(ctx, path, 0, None, 0, ctypes.byref(n)) > 0\n"
+        "assert n.value == len(other)\n"
+        "llm.eval(whole[:1])\n"
+        "print(json.dumps([whole[1], llm.sample(temp=0.0)]))\n"
+    )
+    program = [*script(tmp_path, text), tiny_llama, PROMPTS[1], tmp_path / "state"]
+    whole, going_on = said(protected(tiny_bundle, program, "--strength", STRENGTH))
+    assert going_on == whole
+
+
 # What would let the teacher's own logits out
 
 
@@ -203,6 +226,13 @@ LOCKED = {
     "before any decode": (
         "print(json.dumps([bool(llama_cpp.llama_get_logits(ctx)), llama_cpp.llama_get_logits_ith(ctx, 0)[65]]))",
         [False, -1e9],
+    ),
+    "what the device would have sampled": (
+        "llm.eval(tokens)\nget = [getattr(llama_cpp, f'llama_get_sampled_{name}_ith') for name in "
+        "('token', 'probs', 'logits', 'candidates', 'logits_count', 'probs_count', 'candidates_count')]\n"
+        "token, probs, logits, candidates, *counts = [each(ctx, -1) for each in get]\n"
+        "print(json.dumps([token, bool(probs), bool(logits), bool(candidates), *counts]))",
+        [-1, False, False, False, tiny.N_VOCAB, 0, 0],  # rows are as long as the vocabulary
     ),
     "shift": (
         "llm.eval(tokens)\nmemory = llama_cpp.llama_get_memory(ctx)\n"
