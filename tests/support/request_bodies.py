@@ -9,7 +9,8 @@ from typing import Any
 ROUTES = ("/completion", "/v1/completions", "/v1/chat/completions", "/infill", "/v1/messages", "/v1/responses")
 
 _WORDS = ("3 + 4 =", "a longer one, of some more tokens", "x", "", "\u00e9\u4e16 \U0001f600", " " * 40, "x" * 200)
-_SAMPLERS = ("top_k", "typ_p", "top_p", "min_p", "temperature", "xtc", "dry", "penalties", "top_n_sigma", "infill")
+# "infill" ends a text that a grammar does not let end, whereupon llama-server aborts, without adlocal as well.
+_SAMPLERS = ("top_k", "typ_p", "top_p", "min_p", "temperature", "xtc", "dry", "penalties", "top_n_sigma")
 _ANYTHING: tuple[Any, ...] = (
     None,
     True,
