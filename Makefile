@@ -6,7 +6,7 @@ PARALLEL := $(BIN)/python -m pytest -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo lab check test test-native-sanitize test-native-tsan test-native-cross lint fidelity qualities ends-table bench-gradient \
-	batch-costs proxy-types large-teacher cold-and-cached unified-memory test-server clean
+	batch-costs proxy-types large-teacher plugin-speed soak cold-and-cached unified-memory test-server clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -80,6 +80,12 @@ batch-costs: setup  ## Print what a batch of 1 to 64 tokens costs by the type of
 
 proxy-types: setup  ## Print fidelity, size and speed of the demo's proxy in four types (25 minutes)
 	@PYTHONPATH=tests $(BIN)/python -m bench.proxy_types
+
+plugin-speed: setup  ## Print what protection costs llama-server and xllamacpp, beside the drop-in (15 minutes; after make test-server)
+	@PYTHONPATH=tests:scripts $(BIN)/python -m bench.plugin_speed
+
+soak: setup  ## Load llama-server under protection for half an hour, and watch its memory (after make test-server)
+	@PYTHONPATH=tests:scripts $(BIN)/python -m bench.soak
 
 large-teacher: setup  ## Print what protection costs where each proxy costs an eighth of the teacher (6 minutes)
 	@PYTHONPATH=tests $(BIN)/python -m bench.large_teacher

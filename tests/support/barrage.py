@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import random
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +53,12 @@ class Barrage:
         finally:
             connection.close()
 
+    def pause(self, rate: float) -> float:
+        """Seconds to the next request, of `rate` a second."""
+        return self._rng.expovariate(rate)
+
     def counters(self) -> Counters:
+        """Of the whole server."""
         return self.control.counters()
 
 
@@ -84,10 +88,3 @@ def _told(part: Any) -> int:
         return 0
     timings = part.get("timings")
     return int(timings["predicted_n"]) if isinstance(timings, dict) else 0
-
-
-def is_listening(port: int) -> bool:
-    """Whether a server takes connections."""
-    with socket.socket() as probe:
-        probe.settimeout(PATIENCE)
-        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -75,15 +75,17 @@ class Server:
 
 
 @contextmanager
-def serving(command: Sequence[object], log: Path, environment: dict[str, str] | None = None) -> Iterator[Server]:
-    """A server, from the line on which it says where it listens."""
+def serving(
+    command: Sequence[object], log: Path, environment: dict[str, str] | None = None, seconds: float = 150
+) -> Iterator[Server]:
+    """A server, from the line on which it says where it listens. It is killed after so many seconds."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     argv = list(map(str, command))
     with (
         open(log, "w", encoding="utf-8") as err,
         subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=err, text=True, env=variables) as process,
     ):
-        limit = threading.Timer(150, process.kill)
+        limit = threading.Timer(seconds, process.kill)
         limit.start()
         try:
             assert process.stdout is not None

@@ -134,10 +134,10 @@ class Server:
         body = {"prompt": list(prompt), "n_predict": n, "temperature": 0, "return_tokens": True, **parameters}
         return self.ask("/completion", body)
 
-    def complete_at_once(self, prompts: Sequence[Sequence[int]], n: int) -> list[list[int]]:
+    def complete_at_once(self, prompts: Sequence[Sequence[int]], n: int, **parameters: Any) -> list[list[int]]:
         """The tokens that follow each prompt, asked for in threads of their own."""
         with ThreadPoolExecutor(len(prompts)) as pool:
-            return list(pool.map(lambda prompt: self.complete(prompt, n), prompts))
+            return list(pool.map(lambda prompt: self.complete(prompt, n, **parameters), prompts))
 
     def _url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}{path}"
