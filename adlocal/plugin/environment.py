@@ -16,6 +16,8 @@ from .build import ALIKE, FILE_NAME, kept, version_of
 from .directory import control_directory
 
 _PREFIX = "ADLOCAL_"
+#: llama-server's variable for what `--fit` leaves free on each device, and its default.
+_FIT_TARGET, _FIT_TARGET_MIB = "LLAMA_ARG_FIT_TARGET", 1024
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,20 @@ def environment(protection: Protection, before: Mapping[str, str]) -> dict[str, 
         "CONTROL_DIR": control_directory(protection.control_directory),
         "ALLOW_MODELS": "\n".join(str(path.resolve()) for path in protection.allow_models) or None,
     }
-    kept = {name: value for name, value in before.items() if name.removeprefix(_PREFIX) not in told}
+    inherited = {name: value for name, value in before.items() if name.removeprefix(_PREFIX) not in told}
     ours = {f"{_PREFIX}{name}": str(value) for name, value in told.items() if value is not None}
-    return {**kept, **ours, "LD_PRELOAD": ":".join([os.fspath(preloaded), *others])}
+    return {**inherited, **ours, **_room(protection, before), "LD_PRELOAD": ":".join([os.fspath(preloaded), *others])}
+
+
+def _room(protection: Protection, before: Mapping[str, str]) -> dict[str, str]:
+    """Where llama-server fits a model into a device (`--fit`), it leaves as much more free as the proxies' weights.
+
+    It does not know of them. How much context they will hold, nobody knows yet.
+    """
+    if protection.proxy_n_gpu_layers == 0:
+        return {}
+    mib = -(-sum(path.stat().st_size for path in protection.bundle.files) // 2**20)
+    targets = before.get(_FIT_TARGET, str(_FIT_TARGET_MIB)).replace("/", ",").split(",")
+    if not all(each.strip().isdecimal() for each in targets):  # llama-server will say what is wrong with it
+        return {}
+    return {_FIT_TARGET: ",".join(str(int(each) + mib) for each in targets)}

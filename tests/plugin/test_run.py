@@ -404,6 +404,19 @@ def test_a_context_beyond_the_proxies_stops_the_program(tiny_bundle: Path, tmp_p
     assert "n_ctx=512 exceeds the 256 tokens that the proxy was trained for" in done.stderr
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, "1025"), ("2048", "2049"), ("512,100", "513,101"), ("x", "x")])
+def test_a_server_that_fits_its_model_leaves_room_for_the_proxies(
+    before: str | None, after: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their files take less than a MiB here. Off the device they need no room there."""
+    monkeypatch.delenv("LLAMA_ARG_FIT_TARGET", raising=False)
+    if before is not None:
+        monkeypatch.setenv("LLAMA_ARG_FIT_TARGET", before)
+    print_it = [sys.executable, "-c", "import os; print(os.environ.get('LLAMA_ARG_FIT_TARGET'))"]
+    assert protected(tiny_bundle, print_it).stdout.strip() == after
+    assert protected(tiny_bundle, print_it, "--proxy-gpu-layers", 0).stdout.strip() == str(before)
+
+
 # The list
 
 
