@@ -8,11 +8,12 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..errors import AdlocalError, InputError
 from ..llamacpp.gguf import GGUFHeader
-from ..plugin import Protection, environment
+from ..plugin import Protection, check_program, environment
 from ..servers import llama_cpp_server, xllamacpp_server
 from ..servers.addresses import listen
 from .run import protection_of
@@ -36,12 +37,14 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_known(args: argparse.Namespace, values: Mapping[str, Any]) -> None:
     unknown = [args.flags[path] for path in values if path not in llama_cpp_server.KNOWN]
-    unknown += ["--observe"] * args.observe + ["--allow-model"] * bool(args.allow_model)
+    of_the_plugin = {"--observe": args.observe, "--allow-model": args.allow_model, "--control": args.control}
+    unknown += [flag for flag, value in of_the_plugin.items() if value]
     if unknown:
         raise InputError(f"{', '.join(unknown)}: not with --engine {LLAMA_CPP_PYTHON}; leave it out")
 
 
 def _become_xllamacpp(protection: Protection, values: Mapping[str, Any]) -> None:
+    check_program(Path(sys.executable))
     variables = environment(protection, {n: value for n, value in os.environ.items() if not n.startswith(_OTHERS)})
     if importlib.util.find_spec("xllamacpp") is None:
         raise AdlocalError("xllamacpp, whose server this is, is not installed; run: pip install 'adlocal[engine]'")

@@ -27,6 +27,7 @@ from llama_cpp.llama_grammar import LlamaGrammar
 
 from adlocal import AntidistillationLlama
 from adlocal.commands.parser import make_parser
+from adlocal.plugin import controls
 from adlocal.servers import xllamacpp_server
 from support import tiny
 from support.cli import Cli, only_line
@@ -138,6 +139,22 @@ def drop_in(teacher: Path, bundle: Path) -> AntidistillationLlama:
 
 def grammar(text: str) -> LlamaGrammar:
     return LlamaGrammar.from_string(text, verbose=False)
+
+
+@pytest.mark.server
+@on_linux
+def test_its_control_file_counts_every_row(engine: Engine, tmp_path: Path) -> None:
+    """None of them closed, and none but protected. It goes when the server ends."""
+    with engine("--strength", STRENGTH, "-np", 1, "-c", 256, "--control", tmp_path / "control") as server:
+        said = [server.tokens(prompt) for prompt in PROMPTS]
+        (control,) = controls(tmp_path / "control")
+        found, in_force = control.counters(), control.in_force(0)
+        assert control.pid == server.process.pid
+        assert (in_force.strength, in_force.mode) == (STRENGTH, "protect")
+        assert (found.n_begun, found.n_rows, found.n_closed) == (len(PROMPTS), sum(map(len, said)), 0)
+        assert 0 < found.n_evaluated <= found.n_choices <= found.n_rows
+        assert server.end() == 0
+    assert controls(tmp_path / "control") == []
 
 
 # Keys and the end
@@ -544,7 +561,14 @@ def test_llama_cpp_pythons_server_is_protected(
 
 @pytest.mark.parametrize(
     "options",
-    [["-np", "4"], ["--metrics"], ["--observe"], ["--allow-model", "m.gguf"], ["--api-key", "one,two"]],
+    [
+        ["-np", "4"],
+        ["--metrics"],
+        ["--observe"],
+        ["--allow-model", "m.gguf"],
+        ["--control", "d"],
+        ["--api-key", "one,two"],
+    ],
     ids=lambda options: options[0],
 )
 def test_what_llama_cpp_pythons_server_has_not_is_refused(options: list[str], given: list[object], cli: Cli) -> None:
