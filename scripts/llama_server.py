@@ -20,7 +20,8 @@ import setup
 ENGINES = Path(__file__).resolve().parents[1] / "build" / "engines"
 PACKAGE = "llama-cpp-python"
 DOWNLOAD_SECONDS, BUILD_SECONDS = 300, 1500
-#: Only what llama-server is made of: no page to serve, no TLS, none of the other programs.
+PROGRAMS = ("llama-server", "llama-completion")
+#: Only what they are made of: no page to serve, no TLS, none of the other programs.
 OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "ON",  # a library that is preloaded stands before a shared libllama alone
@@ -40,7 +41,12 @@ def source() -> Path:
 
 def server() -> Path:
     """The program, where llama.cpp's own tests look for it."""
-    return source() / "build" / "bin" / "llama-server"
+    return program("llama-server")
+
+
+def program(name: str) -> Path:
+    """One of `PROGRAMS`."""
+    return source() / "build" / "bin" / name
 
 
 def build() -> None:
@@ -50,7 +56,7 @@ def build() -> None:
         subprocess.SubprocessError: the package index cannot be reached, or the compiler failed.
         OSError: the archive cannot be written or unpacked.
     """
-    if server().exists():
+    if all(program(name).exists() for name in PROGRAMS):
         return
     started = time.monotonic()
     if not (source() / "CMakeLists.txt").exists():
@@ -61,7 +67,7 @@ def build() -> None:
     settings = [f"-D{name}={value}" for name, value in OPTIONS.items()]
     for command in (
         [cmake, "-S", source(), "-B", folder, *settings],
-        [cmake, "--build", folder, "--target", "llama-server", "--parallel", str(os.cpu_count() or 1)],
+        [cmake, "--build", folder, "--target", *PROGRAMS, "--parallel", str(os.cpu_count() or 1)],
     ):
         done = subprocess.run(
             list(map(str, command)),

@@ -13,11 +13,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from adlocal import AntidistillationLlama
 from support.engines import ENGINES, PROMPTS, STRENGTH
 from support.paths import ROOT
 
@@ -51,6 +54,16 @@ for thread in threads:
 print("FOUND" + json.dumps([found[i] for i in range(len(prompts))]))
 """
 
+IN_PROCESS = """
+import json, sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_parallel, params.port, params.n_ctx, params.warmup = sys.argv[1], 1, 0, 256, False
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+server = xllamacpp.Server(params)
+asked = [{"prompt": prompt, "max_tokens": 16, "temperature": 0} for prompt in json.loads(sys.argv[2])]
+print("FOUND" + json.dumps([server.handle_completions(each)["choices"][0]["text"] for each in asked]))
+"""
+
 NODE = """
 import {getLlama} from "node-llama-cpp";
 const [path, prompts] = [process.argv[2], JSON.parse(process.argv[3])];
@@ -77,14 +90,14 @@ await llama.dispose();
 OnNode = Callable[..., list[str]]
 
 
-def run(program: Sequence[object], bundle: Path | None, *options: object, **environment: str) -> list[list[int]]:
-    """What a program found; under protection with a bundle."""
+def run(program: Sequence[object], bundle: Path | None, *options: object, **environment: str) -> list[Any]:
+    """What a program found for each prompt; under protection with a bundle."""
     own = [sys.executable, "-m", "adlocal", "run", "--bundle", bundle, *options, "--"] if bundle else []
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(list(map(str, [*own, *program])), capture_output=True, timeout=150, env=variables)
     lines = [line for line in done.stdout.decode(errors="replace").splitlines() if line.startswith("FOUND")]
     assert lines, done.stderr.decode(errors="replace")[-2000:]
-    found: list[list[int]] = json.loads(lines[0].removeprefix("FOUND"))
+    found: list[Any] = json.loads(lines[0].removeprefix("FOUND"))
     return found
 
 
@@ -146,6 +159,25 @@ def test_no_parameter_of_a_request_turns_protection_off(
 ) -> None:
     program = [*xllamacpp, tiny_llama, 1, json.dumps(PROMPTS), json.dumps(parameters)]
     assert run(program, tiny_bundle, "--strength", STRENGTH) == drop_in_says[STRENGTH]
+
+
+def test_xllamacpp_in_a_program_is_protected(
+    xllamacpp: list[str], readable_llama: Path, readable_bundle: Path, tmp_path: Path
+) -> None:
+    """Without HTTP; it tells text, no tokens."""
+    path, prompts = tmp_path / "program.py", ["abcd ef", "x", "3 + 4 ="]
+    path.write_text(IN_PROCESS)
+    program = [sys.executable, path, readable_llama, json.dumps(prompts)]
+    kwargs: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    with closing(AntidistillationLlama(str(readable_llama), bundle=readable_bundle, **kwargs)) as llm:
+
+        def said(strength: float) -> list[str]:
+            found = [llm.generate(llm.tokenize(p.encode()), temp=0.0, strength=strength) for p in prompts]
+            return [llm.detokenize(list(islice(each, 16))).decode() for each in found]
+
+        plain, steered = said(0.0), said(STRENGTH)
+    assert run(program, None) == run(program, readable_bundle, "--strength", 0) == plain
+    assert run(program, readable_bundle, "--strength", STRENGTH) == steered != plain
 
 
 def test_a_program_on_node_llama_cpp_is_protected(
