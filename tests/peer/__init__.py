@@ -1,0 +1,1 @@
+"""llama.cpp's own tests of its server, run against the server that is under protection."""
