@@ -10,7 +10,7 @@ import pytest
 from adlocal.plugin import control_directory
 from llama_server import server
 from support import tiny
-from support.barrage import Barrage
+from support.barrage import Barrage, control_of
 from support.llama_server import Server
 
 N_REQUESTS, N_SLOTS = 5000, 4
@@ -32,17 +32,18 @@ def test_no_request_gets_an_unadjusted_row(tiny_llama: Path, tiny_bundle: Path, 
     options = ["--strength", 3, "--guard", 0.05, "--control", directory]
     asked = ["-m", tiny_llama, "--embeddings", "--pooling", "mean"]
     with Server(asked, tiny_bundle, options, n_parallel=N_SLOTS, log=tmp_path / "log") as running:
-        barrage, expected = Barrage(running, directory, seed=19), running.complete(PROMPT, 8)
+        barrage, expected = Barrage(running, seed=19), running.complete(PROMPT, 8)
         for i in range(N_REQUESTS):
             barrage.one()
             assert running.process.poll() is None, running.said()[-3000:]
             if i % 500 == 499:
                 assert running.complete(PROMPT, 8) == expected
-        counters = barrage.counters()
+        control = control_of(running, directory)
+        counters = control.counters()
         assert 0 < barrage.n_tokens <= counters.n_rows
         assert 0 < counters.n_choices == counters.n_evaluated
         assert counters.n_closed == 0
-        in_force = [barrage.control.in_force(seq_id) for seq_id in barrage.control.begun()]
+        in_force = [control.in_force(seq_id) for seq_id in control.begun()]
         assert {(each.strength, each.guard, each.mode) for each in in_force} == {(3.0, 0.05, "protect")}
         assert barrage.outcomes["200"] > N_REQUESTS // 10, barrage.outcomes
         assert barrage.outcomes["400"] > N_REQUESTS // 10, barrage.outcomes

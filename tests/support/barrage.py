@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from adlocal.plugin import Control, Counters
+from adlocal.plugin import Control
 
 from . import request_bodies
 from .llama_server import Server
@@ -20,16 +20,15 @@ PATIENCE = 60.0
 
 
 class Barrage:
-    """Sends random requests to a server under protection, and watches its control file.
+    """Sends random requests to a server, the same ones for the same seed.
 
     Attributes:
         outcomes: how often each status was answered, and how often was hung up.
         n_tokens: tokens that were told of in answers.
     """
 
-    def __init__(self, server: Server, control_directory: Path, seed: int) -> None:
+    def __init__(self, server: Server, seed: int) -> None:
         self.server = server
-        self.control = Control.open(control_directory / f"{server.process.pid}.control")
         self.outcomes: Counter[str] = Counter()
         self.n_tokens = 0
         self._rng = random.Random(seed)
@@ -57,9 +56,10 @@ class Barrage:
         """Seconds to the next request, of `rate` a second."""
         return self._rng.expovariate(rate)
 
-    def counters(self) -> Counters:
-        """Of the whole server."""
-        return self.control.counters()
+
+def control_of(server: Server, directory: Path) -> Control:
+    """The control file of a server under protection."""
+    return Control.open(directory / f"{server.process.pid}.control")
 
 
 def _read_some(connection: http.client.HTTPConnection) -> None:
