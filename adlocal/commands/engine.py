@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..plugin import Protection, check_program, environment
 from ..servers import llama_cpp_server, xllamacpp_server
 from ..servers.addresses import listen
 from .run import protection_of
-from .server_arguments import LLAMA_CPP_PYTHON, given
+from .server_arguments import DRAFT, LLAMA_CPP_PYTHON, given
 
 #: Variables by which others would have a say: llama-server's arguments, and what its router tells its children.
 _OTHERS = ("LLAMA_ARG_", "LLAMA_SERVER_")
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
         _check_known(args, values)
         llama_cpp_server.serve(protection, values)
     else:
-        _become_xllamacpp(protection, values)
+        _become_xllamacpp(_with_draft(protection, values), values)
 
 
 def _check_known(args: argparse.Namespace, values: Mapping[str, Any]) -> None:
@@ -41,6 +42,18 @@ def _check_known(args: argparse.Namespace, values: Mapping[str, Any]) -> None:
     unknown += [flag for flag, value in of_the_plugin.items() if value]
     if unknown:
         raise InputError(f"{', '.join(unknown)}: not with --engine {LLAMA_CPP_PYTHON}; leave it out")
+
+
+def _with_draft(protection: Protection, values: Mapping[str, Any]) -> Protection:
+    """The protection that leaves the draft model alone: nothing of it is shown that the teacher has not verified."""
+    if DRAFT not in values:
+        return protection
+    draft = Path(values[DRAFT])
+    if draft.samefile(values["model.path"]):
+        raise InputError(
+            f"--model-draft {draft}: it is the teacher itself, whose text is protected; give a smaller model"
+        )
+    return replace(protection, allow_models=[*protection.allow_models, draft])
 
 
 def _become_xllamacpp(protection: Protection, values: Mapping[str, Any]) -> None:

@@ -146,15 +146,42 @@ def grammar(text: str) -> LlamaGrammar:
 def test_its_control_file_counts_every_row(engine: Engine, tmp_path: Path) -> None:
     """None of them closed, and none but protected. It goes when the server ends."""
     with engine("--strength", STRENGTH, "-np", 1, "-c", 256, "--control", tmp_path / "control") as server:
-        said = [server.tokens(prompt) for prompt in PROMPTS]
         (control,) = controls(tmp_path / "control")
-        found, in_force = control.counters(), control.in_force(0)
+        before = control.counters()  # the server has tried its context
+        said = [server.tokens(prompt) for prompt in PROMPTS]
+        found, in_force = control.counters() - before, control.in_force(0)
         assert control.pid == server.process.pid
         assert (in_force.strength, in_force.mode) == (STRENGTH, "protect")
         assert (found.n_begun, found.n_rows, found.n_closed) == (len(PROMPTS), sum(map(len, said)), 0)
         assert 0 < found.n_evaluated <= found.n_choices <= found.n_rows
         assert server.end() == 0
     assert controls(tmp_path / "control") == []
+
+
+@pytest.mark.server
+@on_linux
+@pytest.mark.parametrize("kind", ["draft-simple", "ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod"])
+def test_drafts_are_verified_by_what_is_protected(
+    kind: str, engine: Engine, tiny_bundle: Path, drop_in_says: dict[float, list[list[int]]], tmp_path: Path
+) -> None:
+    """By a copy of a proxy, which is named and so left alone, and by what the text repeats."""
+    draft = shutil.copy(tiny_bundle / "proxy-plus.gguf", tmp_path / "draft.gguf")
+    named = ["-md", draft, "--spec-draft-n-max", 4, "--spec-draft-p-min", 0] if kind == "draft-simple" else []
+    for strength in (0, STRENGTH):
+        with engine("--strength", strength, "-np", 1, "-c", 256, "--spec-type", kind, *named) as server:
+            assert [server.tokens(prompt) for prompt in PROMPTS] == drop_in_says[strength]
+            if named:
+                drafted = server.ask("/completion", {"prompt": PROMPTS[0], "n_predict": 16, "temperature": 0})
+                assert drafted["timings"]["draft_n"] > 0
+
+
+def test_the_teacher_itself_is_no_draft(given: list[object], tiny_llama: Path, tmp_path: Path, cli: Cli) -> None:
+    """It would be left alone under that name."""
+    (tmp_path / "link.gguf").symlink_to(tiny_llama)
+    done = cli(*given, "-md", tmp_path / "link.gguf")
+    assert (done.status, done.out) == (2, "")
+    assert "link.gguf: it is the teacher itself, whose text is protected; give a smaller model" in done.message()
+    only_line(done)
 
 
 # Keys and the end
