@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import AdlocalError, InputError
 from ..llamacpp.gguf import GGUFHeader
-from ..plugin import Protection, check_program, environment
+from ..plugin import Protection, check_program, environment, proxies_bytes
 from ..servers import llama_cpp_server, xllamacpp_server
 from ..servers.addresses import listen
 from .run import protection_of
@@ -58,13 +58,14 @@ def _with_draft(protection: Protection, values: Mapping[str, Any]) -> Protection
 
 def _become_xllamacpp(protection: Protection, values: Mapping[str, Any]) -> None:
     check_program(Path(sys.executable))
-    variables = environment(protection, {n: value for n, value in os.environ.items() if not n.startswith(_OTHERS)})
+    variables = {n: value for n, value in environment(protection, os.environ).items() if not n.startswith(_OTHERS)}
     if importlib.util.find_spec("xllamacpp") is None:
         raise AdlocalError("xllamacpp, whose server this is, is not installed; run: pip install 'adlocal[engine]'")
     for host in values.get("hostnames", ["127.0.0.1"]):
         if not host.endswith(".sock"):  # before the weights are read, which can take a while
             listen(host, values.get("port", 8080)).close()
-    told = json.dumps({"n_parallel": -1, **values})  # as many as llama-server's default
+    defaults = {"n_parallel": -1, "fit_params_target": proxies_bytes(protection)}  # -1: as many as llama-server's own
+    told = json.dumps({**defaults, **values})
     sys.stdout.flush()
     argv = [sys.executable, xllamacpp_server.__file__]
     os.execve(sys.executable, argv, {**variables, xllamacpp_server.VARIABLE: told})

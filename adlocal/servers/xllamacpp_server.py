@@ -61,6 +61,8 @@ def common_params(xllamacpp: Any, values: Mapping[str, Any]) -> Any:
             value = [members[each] for each in value] if isinstance(value, list) else members[value]
         elif name == "lora_adapters":
             value = [xllamacpp.CommonAdapterLoraInfo(file, scale) for file, scale in value]
+        elif name == "fit_params_target":  # bytes beside those that it leaves free on each device
+            value = [each + value for each in params.fit_params_target]
         setattr(functools.reduce(getattr, owners, params), name, value)
     params.sampling.user_sampling_config = sum(bit for path, bit in _CHOSEN.items() if path in values)
     return params

@@ -427,6 +427,28 @@ def test_variables_of_llama_server_have_no_say(engine: Engine) -> None:
         assert server.ask("/props")["total_slots"] == 4
 
 
+@pytest.mark.server
+@on_linux
+@pytest.mark.parametrize("n_gpu_layers", [[], ["--proxy-gpu-layers", 0]], ids=["on the device", "on the CPU"])
+def test_a_fit_leaves_room_for_the_proxies(n_gpu_layers: list[object], engine: Engine, tiny_bundle: Path) -> None:
+    """As much more as their weights take. What xllamacpp makes of it needs a GPU to be seen."""
+    sizes = 0 if n_gpu_layers else sum(path.stat().st_size for path in tiny_bundle.iterdir())
+    with engine("-c", 256, *n_gpu_layers) as server:
+        variables = Path(f"/proc/{server.process.pid}/environ").read_bytes().split(b"\0")
+        (told,) = (json.loads(each.partition(b"=")[2]) for each in variables if each.startswith(b"ADLOCAL_ENGINE="))
+    assert told["fit_params_target"] == sizes
+    look = (
+        "import json, runpy, sys, xllamacpp\n"
+        "params = runpy.run_path(sys.argv[1])['common_params'](xllamacpp, json.loads(sys.argv[2]))\n"
+        "print(json.dumps([params.fit_params_target, xllamacpp.CommonParams().fit_params_target]))\n"
+    )
+    command = [sys.executable, "-c", look, xllamacpp_server.__file__, json.dumps(told)]
+    environment = {**os.environ, "PYTHONPATH": str(ENGINES / "python")}
+    done = subprocess.run(command, check=True, timeout=60, capture_output=True, env=environment)
+    found, usual = json.loads(done.stdout)
+    assert found == [each + sizes for each in usual]
+
+
 @pytest.fixture
 def given(tiny_llama: Path, tiny_bundle: Path) -> list[object]:
     """What every call needs."""
