@@ -94,7 +94,7 @@ def environment(protection: Protection, before: Mapping[str, str]) -> dict[str, 
 
 
 def proxies_bytes(protection: Protection) -> int:
-    """What the proxies' weights take of the devices that hold the teacher. Nobody knows yet how much context they get."""
+    """What the proxies' weights take of the teacher's devices. Nobody knows yet how much context they get."""
     return 0 if protection.proxy_n_gpu_layers == 0 else sum(path.stat().st_size for path in protection.bundle.files)
 
 
