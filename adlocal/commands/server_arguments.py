@@ -19,10 +19,14 @@ from .arguments import count, seed, share, temperature
 LLAMA_CPP_PYTHON = "llama-cpp-python"
 ENGINES = ("xllamacpp", LLAMA_CPP_PYTHON)
 
+#: Where the draft model's path goes.
+DRAFT = "speculative.draft.mparams.path"
+
 _Add = Callable[..., None]
 _PREFIX = "params."
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 _FLASH_ATTENTION = {"on": "ENABLED", "off": "DISABLED", "auto": "AUTO"}
+_SPECULATIVE = ("draft-simple", "ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod")
 _REASONING = ("auto", "none", "deepseek", "deepseek-legacy")
 
 
@@ -34,6 +38,7 @@ def add_server(parser: argparse.ArgumentParser) -> None:
         "context": _add_context,
         "network": _add_network,
         "requests": _add_requests,
+        "drafts": _add_drafts,
     }.items():
         add_flags(_adder(parser.add_argument_group(f"{title}, as for llama-server"), flags))
     parser.set_defaults(flags=flags)
@@ -153,6 +158,26 @@ def _add_requests(add: _Add) -> None:
     add("--reasoning-format", to="reasoning_format", type=_reasoning, metavar="|".join(_REASONING))
 
 
+def _add_drafts(add: _Add) -> None:
+    add(
+        "--spec-type",
+        to="speculative.types",
+        type=_speculative,
+        metavar="TYPE,...",
+        help=f"of speculative decoding: {', '.join(_SPECULATIVE)}",
+    )
+    add(
+        "-md",
+        "--model-draft",
+        to=DRAFT,
+        type=_file,
+        metavar="FILE",
+        help="for draft-simple: a small model of the teacher's vocabulary; its own text is never shown, nor protected",
+    )
+    add("--spec-draft-n-max", to="speculative.draft.n_max", type=count, metavar="N", help="tokens at once")
+    add("--spec-draft-p-min", to="speculative.draft.p_min", type=share, metavar="P", help="of a token that is drafted")
+
+
 def _listed(text: str) -> list[str]:
     found = [each.strip() for each in text.split(",") if each.strip()]
     if not found:
@@ -210,6 +235,11 @@ def _cache_type(text: str) -> str:
 
 def _reasoning(text: str) -> str:
     return f"COMMON_REASONING_FORMAT_{_one_of(text, _REASONING).upper().replace('-', '_')}"
+
+
+def _speculative(text: str) -> list[str]:
+    names = [_one_of(each, _SPECULATIVE) for each in _listed(text)]
+    return [f"COMMON_SPECULATIVE_TYPE_{name.upper().replace('-', '_')}" for name in names]
 
 
 def _file(text: str) -> str:

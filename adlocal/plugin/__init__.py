@@ -3,7 +3,7 @@
 from .build import build, version_of
 from .control import Control, Counters, InForce
 from .directory import control_directory, controls
-from .environment import Protection, environment, library
+from .environment import Protection, environment, library, proxies_bytes
 from .program import check_program
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "controls",
     "environment",
     "library",
+    "proxies_bytes",
     "version_of",
 ]

@@ -93,14 +93,16 @@ def environment(protection: Protection, before: Mapping[str, str]) -> dict[str, 
     return {**inherited, **ours, **_room(protection, before), "LD_PRELOAD": ":".join([os.fspath(preloaded), *others])}
 
 
-def _room(protection: Protection, before: Mapping[str, str]) -> dict[str, str]:
-    """Where llama-server fits a model into a device (`--fit`), it leaves as much more free as the proxies' weights.
+def proxies_bytes(protection: Protection) -> int:
+    """What the proxies' weights take of the teacher's devices. Nobody knows yet how much context they get."""
+    return 0 if protection.proxy_n_gpu_layers == 0 else sum(path.stat().st_size for path in protection.bundle.files)
 
-    It does not know of them. How much context they will hold, nobody knows yet.
-    """
-    if protection.proxy_n_gpu_layers == 0:
+
+def _room(protection: Protection, before: Mapping[str, str]) -> dict[str, str]:
+    """Where llama-server fits a model into a device (`--fit`), it leaves room for proxies of which it knows nothing."""
+    mib = -(-proxies_bytes(protection) // 2**20)
+    if mib == 0:
         return {}
-    mib = -(-sum(path.stat().st_size for path in protection.bundle.files) // 2**20)
     targets = before.get(_FIT_TARGET, str(_FIT_TARGET_MIB)).replace("/", ",").split(",")
     if not all(each.strip().isdecimal() for each in targets):  # llama-server will say what is wrong with it
         return {}

@@ -22,12 +22,13 @@ from typing import Any
 #: Holds the attributes of CommonParams as JSON. Every user of the machine could read an argument, and keys are there.
 VARIABLE = "ADLOCAL_ENGINE"
 
-#: Attributes whose value is a member of an enumeration of xllamacpp's, by its name.
+#: Attributes whose value is a member of an enumeration of xllamacpp's by its name, or several.
 _ENUMERATIONS = {
     "cache_type_k": "ggml_type",
     "cache_type_v": "ggml_type",
     "flash_attn_type": "llama_flash_attn_type",
     "reasoning_format": "common_reasoning_format",
+    "types": "common_speculative_type",
 }
 #: Bits of `sampling.user_sampling_config`: without its own, a value gives way to one in the model's metadata.
 _CHOSEN = {"sampling.top_k": 1 << 1, "sampling.top_p": 1 << 2, "sampling.min_p": 1 << 3, "sampling.temp": 1 << 6}
@@ -56,9 +57,12 @@ def common_params(xllamacpp: Any, values: Mapping[str, Any]) -> Any:
     for path, value in values.items():
         *owners, name = path.split(".")
         if name in _ENUMERATIONS:
-            value = getattr(getattr(xllamacpp, _ENUMERATIONS[name]), value)
+            members = getattr(xllamacpp, _ENUMERATIONS[name])
+            value = [members[each] for each in value] if isinstance(value, list) else members[value]
         elif name == "lora_adapters":
             value = [xllamacpp.CommonAdapterLoraInfo(file, scale) for file, scale in value]
+        elif name == "fit_params_target":  # bytes beside those that it leaves free on each device
+            value = [each + value for each in params.fit_params_target]
         setattr(functools.reduce(getattr, owners, params), name, value)
     params.sampling.user_sampling_config = sum(bit for path, bit in _CHOSEN.items() if path in values)
     return params

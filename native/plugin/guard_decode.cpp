@@ -51,9 +51,9 @@ bool flagged(bool done, llama_batch_ext * batch, int32_t i, bool value) {
     return done;
 }
 
-// Programs also say that there is none.
+// Programs also say that there is none, and offer one to a model that takes none.
 bool embedded(bool done, llama_batch_ext * batch, int32_t i, const llama_embd & embd) {
-    if (embd.data != nullptr) {
+    if (done && embd.data != nullptr) {
         plugin::shadow_of(batch).set_embedding(i);
     }
     return done;

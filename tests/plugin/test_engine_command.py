@@ -146,15 +146,42 @@ def grammar(text: str) -> LlamaGrammar:
 def test_its_control_file_counts_every_row(engine: Engine, tmp_path: Path) -> None:
     """None of them closed, and none but protected. It goes when the server ends."""
     with engine("--strength", STRENGTH, "-np", 1, "-c", 256, "--control", tmp_path / "control") as server:
-        said = [server.tokens(prompt) for prompt in PROMPTS]
         (control,) = controls(tmp_path / "control")
-        found, in_force = control.counters(), control.in_force(0)
+        before = control.counters()  # the server has tried its context
+        said = [server.tokens(prompt) for prompt in PROMPTS]
+        found, in_force = control.counters() - before, control.in_force(0)
         assert control.pid == server.process.pid
         assert (in_force.strength, in_force.mode) == (STRENGTH, "protect")
         assert (found.n_begun, found.n_rows, found.n_closed) == (len(PROMPTS), sum(map(len, said)), 0)
         assert 0 < found.n_evaluated <= found.n_choices <= found.n_rows
         assert server.end() == 0
     assert controls(tmp_path / "control") == []
+
+
+@pytest.mark.server
+@on_linux
+@pytest.mark.parametrize("kind", ["draft-simple", "ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod"])
+def test_drafts_are_verified_by_what_is_protected(
+    kind: str, engine: Engine, tiny_bundle: Path, drop_in_says: dict[float, list[list[int]]], tmp_path: Path
+) -> None:
+    """By a copy of a proxy, which is named and so left alone, and by what the text repeats."""
+    draft = shutil.copy(tiny_bundle / "proxy-plus.gguf", tmp_path / "draft.gguf")
+    named = ["-md", draft, "--spec-draft-n-max", 4, "--spec-draft-p-min", 0] if kind == "draft-simple" else []
+    for strength in (0, STRENGTH):
+        with engine("--strength", strength, "-np", 1, "-c", 256, "--spec-type", kind, *named) as server:
+            assert [server.tokens(prompt) for prompt in PROMPTS] == drop_in_says[strength]
+            if named:
+                drafted = server.ask("/completion", {"prompt": PROMPTS[0], "n_predict": 16, "temperature": 0})
+                assert drafted["timings"]["draft_n"] > 0
+
+
+def test_the_teacher_itself_is_no_draft(given: list[object], tiny_llama: Path, tmp_path: Path, cli: Cli) -> None:
+    """It would be left alone under that name."""
+    (tmp_path / "link.gguf").symlink_to(tiny_llama)
+    done = cli(*given, "-md", tmp_path / "link.gguf")
+    assert (done.status, done.out) == (2, "")
+    assert "link.gguf: it is the teacher itself, whose text is protected; give a smaller model" in done.message()
+    only_line(done)
 
 
 # Keys and the end
@@ -398,6 +425,28 @@ def test_variables_of_llama_server_have_no_say(engine: Engine) -> None:
         assert not {name for name in names if name.startswith((b"LLAMA_ARG_", b"LLAMA_SERVER_"))}
         assert b"OTHER_ARG" in names
         assert server.ask("/props")["total_slots"] == 4
+
+
+@pytest.mark.server
+@on_linux
+@pytest.mark.parametrize("n_gpu_layers", [[], ["--proxy-gpu-layers", 0]], ids=["on the device", "on the CPU"])
+def test_a_fit_leaves_room_for_the_proxies(n_gpu_layers: list[object], engine: Engine, tiny_bundle: Path) -> None:
+    """As much more as their weights take. What xllamacpp makes of it needs a GPU to be seen."""
+    sizes = 0 if n_gpu_layers else sum(path.stat().st_size for path in tiny_bundle.iterdir())
+    with engine("-c", 256, *n_gpu_layers) as server:
+        variables = Path(f"/proc/{server.process.pid}/environ").read_bytes().split(b"\0")
+        (told,) = (json.loads(each.partition(b"=")[2]) for each in variables if each.startswith(b"ADLOCAL_ENGINE="))
+    assert told["fit_params_target"] == sizes
+    look = (
+        "import json, runpy, sys, xllamacpp\n"
+        "params = runpy.run_path(sys.argv[1])['common_params'](xllamacpp, json.loads(sys.argv[2]))\n"
+        "print(json.dumps([params.fit_params_target, xllamacpp.CommonParams().fit_params_target]))\n"
+    )
+    command = [sys.executable, "-c", look, xllamacpp_server.__file__, json.dumps(told)]
+    environment = {**os.environ, "PYTHONPATH": str(ENGINES / "python")}
+    done = subprocess.run(command, check=True, timeout=60, capture_output=True, env=environment)
+    found, usual = json.loads(done.stdout)
+    assert found == [each + sizes for each in usual]
 
 
 @pytest.fixture
