@@ -6,7 +6,8 @@ PARALLEL := $(BIN)/python -m pytest -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo lab check test test-native-sanitize test-native-tsan test-native-cross lint fidelity qualities ends-table bench-gradient \
-	batch-costs proxy-types large-teacher plugin-speed soak cold-and-cached unified-memory test-server clean
+	batch-costs proxy-types large-teacher plugin-speed soak cold-and-cached unified-memory test-server \
+	server-suite clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -40,6 +41,9 @@ endef
 test-server: setup  ## Install prebuilt engines and test them under adlocal run (needs npm for one of them)
 	@$(BIN)/python scripts/engines.py
 	$(BIN)/python -m pytest -m server
+
+server-suite: setup  ## Run llama.cpp's own tests of llama-server under protection (9 minutes; after make test-server)
+	@PYTHONPATH=tests:scripts $(BIN)/python -m peer.server_suite
 
 test-native-sanitize: SANITIZERS := address,undefined
 test-native-sanitize: setup  ## Run the native tests under AddressSanitizer, LeakSanitizer and UBSan

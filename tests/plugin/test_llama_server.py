@@ -23,9 +23,13 @@ import pytest
 from llama_cpp.llama_grammar import LlamaGrammar
 
 from adlocal import AntidistillationLlama
+from adlocal_convert.convert import convert
+from adlocal_convert.options import Options
+from adlocal_convert.source.export import export_directory
 from llama_server import server
-from support import tiny
+from support import families, tiny
 from support.llama_server import N_CTX, Refused, Server
+from support.recurrent import write_mamba
 
 STRENGTH, N = 3.0, 16
 LETTERS = "root ::= [a-z ]+"
@@ -93,10 +97,12 @@ def start(tiny_llama: Path, tiny_bundle: Path, tmp_path: Path) -> Iterator[Start
     with ExitStack() as stack:
         logs = itertools.count()
 
-        def call(*arguments: object, options: Any = ("--strength", STRENGTH), **kwargs: Any) -> Server:
+        def call(
+            *arguments: object, model: Path | None = tiny_llama, options: Any = ("--strength", STRENGTH), **kwargs: Any
+        ) -> Server:
             kwargs = {"bundle": tiny_bundle, "log": tmp_path / f"server-{next(logs)}.log", **kwargs}
-            model = () if "--models-dir" in arguments else ("-m", tiny_llama)
-            return stack.enter_context(Server([*model, *arguments], options=options, **kwargs))
+            own = ["-m", model] if model else []
+            return stack.enter_context(Server([*own, *arguments], options=options, **kwargs))
 
         yield call
 
@@ -216,7 +222,53 @@ def test_a_context_that_is_full_is_not_shifted(start: Start, drop_in: Antidistil
     assert running.complete(moved, N) == generated(drop_in, moved)
 
 
+# Teachers that llama-server keeps checkpoints of
+
+#: Several begin alike, and another one comes between.
+BEGINNING = [tiny.BOS, *b"the first sixty tokens of a prompt that several requests begin with, and then"]
+ENDINGS = [list(b" one goes on like this for a while"), list(b" another one like that")]
+ALIKE = [BEGINNING + ENDINGS[0], BEGINNING + ENDINGS[1], BEGINNING + ENDINGS[0], PROMPTS[2], BEGINNING + ENDINGS[1]]
+
+
+def assert_it_follows(teacher: Path, bundle: Path, start: Start, *arguments: object) -> list[int]:
+    """At strength 0 and at STRENGTH, for prompts that begin alike. Gives how much of each came from the cache."""
+    kwargs: dict[str, Any] = {"n_ctx": N_CTX, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    with closing(AntidistillationLlama(str(teacher), bundle=bundle, **kwargs)) as llm:
+        for strength in (0.0, STRENGTH):
+            running = start(*arguments, model=teacher, bundle=bundle, options=("--strength", strength))
+            answers = [running.answer(prompt, N) for prompt in ALIKE]
+            for prompt, answer in zip(ALIKE, answers, strict=True):
+                llm.reset()
+                assert answer["tokens"] == generated(llm, prompt, strength=strength)
+    return [answer["timings"]["cache_n"] for answer in answers]
+
+
+def test_a_teacher_with_a_sliding_window(start: Start, tiny_llama: Path, tiny_traces: Path, tmp_path: Path) -> None:
+    """Its memory has forgotten what a cached prompt needs; the server restores a part of a state."""
+    teacher = tmp_path / "gemma3.gguf"
+    saved = families.save(families.family_model("gemma3"), tmp_path / "gemma3")
+    export_directory(saved, tiny_llama, teacher)
+    options = Options(str(teacher), {"traces": tiny_traces}, tmp_path / "bundle", carriers=1.0, n_threads=1, force=True)
+    convert(options, lambda line: None)
+    cached = assert_it_follows(teacher, tmp_path / "bundle", start, "--checkpoint-min-step", 16)
+    assert cached[1] > len(BEGINNING) // 2
+    assert cached[4] > len(BEGINNING) // 2
+
+
+def test_a_recurrent_teacher(start: Start, tiny_bundle: Path, tmp_path: Path) -> None:
+    """It cannot forget a draft that was wrong: the server goes back to a checkpoint."""
+    teacher = write_mamba(tmp_path / "mamba.gguf")
+    assert_it_follows(teacher, tiny_bundle, start)
+    assert_it_follows(teacher, tiny_bundle, start, *drafting(tiny_bundle / "proxy-plus.gguf"))
+
+
 # Drafts
+
+
+def drafting(draft: Path) -> list[object]:
+    """llama-server's flags for a draft model, however unsure it is."""
+    on_one_core = ("-ngld", 0, "-td", 1, "-tbd", 1)
+    return ["--spec-type", "draft-simple", "-md", draft, *on_one_core, "--spec-draft-p-min", 0]
 
 
 @pytest.mark.parametrize("n_parallel", [1, 4])
@@ -224,9 +276,9 @@ def test_the_proxy_drafts_for_its_teacher(
     n_parallel: int, start: Start, tiny_bundle: Path, expected: dict[float, list[list[int]]]
 ) -> None:
     """It lies in the bundle, so it is left alone. Drafts are verified against adjusted rows."""
-    drafts = ("--spec-type", "draft-simple", "-md", tiny_bundle / "proxy-plus.gguf", "-ngld", 0, "-td", 1, "-tbd", 1)
+    drafts = drafting(tiny_bundle / "proxy-plus.gguf")
     for options, strength in ((("--strength", 0), 0.0), (("--strength", STRENGTH), STRENGTH)):
-        running = start(*drafts, "--spec-draft-p-min", 0, options=options, n_parallel=n_parallel)
+        running = start(*drafts, options=options, n_parallel=n_parallel)
         assert running.complete_at_once(PROMPTS[:n_parallel], N) == expected[strength][:n_parallel]
         answer = running.answer(PROMPTS[4], N)
         assert answer["tokens"] == expected[strength][4]
@@ -237,8 +289,7 @@ def test_drafts_of_more_rows_than_the_pair_gives_at_once(
     start: Start, tiny_bundle: Path, expected: dict[float, list[list[int]]]
 ) -> None:
     """Four slots of 25 rows."""
-    drafts = ("--spec-type", "draft-simple", "-md", tiny_bundle / "proxy-plus.gguf", "-ngld", 0, "-td", 1, "-tbd", 1)
-    running = start(*drafts, "--spec-draft-p-min", 0, "--spec-draft-n-max", 24, n_parallel=4)
+    running = start(*drafting(tiny_bundle / "proxy-plus.gguf"), "--spec-draft-n-max", 24, n_parallel=4)
     assert running.complete_at_once(PROMPTS[:4], N) == expected[STRENGTH][:4]
 
 
@@ -246,8 +297,7 @@ def test_a_draft_of_the_same_vocabulary_is_protected_too(
     start: Start, tmp_path: Path, expected: dict[float, list[list[int]]]
 ) -> None:
     draft = tiny.write_gguf(tiny.tiny_model(seed=5), tmp_path / "draft.gguf")
-    drafts = ("--spec-type", "draft-simple", "-md", draft, "-ngld", 0, "-td", 1, "-tbd", 1, "--spec-draft-p-min", 0)
-    running = start(*drafts)
+    running = start(*drafting(draft))
     answer = running.answer(PROMPTS[4], N)
     assert answer["tokens"] == expected[STRENGTH][4]
     assert answer["timings"]["draft_n"] > 0
@@ -437,10 +487,15 @@ def test_a_client_that_leaves_costs_the_next_one_nothing(one: Server, expected: 
     assert one.complete(PROMPTS[1], N) == expected[STRENGTH][1]
 
 
-def test_a_teacher_of_another_vocabulary_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+def write_stranger(path: Path) -> Path:
+    """A model of another vocabulary."""
     pieces = list(tiny.BYTES)
     pieces[65], pieces[66] = pieces[66], pieces[65]
-    stranger = tiny.write_gguf(tiny.tiny_model(), tmp_path / "stranger.gguf", pieces=pieces)
+    return tiny.write_gguf(tiny.tiny_model(), path, pieces=pieces)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    stranger = write_stranger(tmp_path / "stranger.gguf")
     refused = Server(["-m", stranger], tiny_bundle, log=tmp_path / "log")
     done = subprocess.run(list(map(str, refused.command)), capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
@@ -456,10 +511,15 @@ def test_a_router_starts_servers_that_are_protected(
     folder.mkdir()
     shutil.copy(tiny_llama, folder / "teacher.gguf")
     other = tiny.write_gguf(tiny.tiny_model(seed=1), folder / "other.gguf")
-    router = start("--models-dir", folder)
-    plain = start("--models-dir", folder, bundle=None)
+    write_stranger(folder / "stranger.gguf")
+    router = start("--models-dir", folder, model=None)
+    plain = start("--models-dir", folder, model=None, bundle=None)
     for model in ("teacher", "other"):
         ours, theirs = (each.complete(PROMPTS[1], N, model=model) for each in (router, plain))
         assert ours != theirs, other
         if model == "teacher":
             assert (ours, theirs) == (expected[STRENGTH][1], expected[0.0][1])
+    assert plain.complete(PROMPTS[1], N, model="stranger")
+    with pytest.raises(Refused):
+        router.complete(PROMPTS[1], N, model="stranger")
+    assert "has another vocabulary than the bundle" in router.said()
