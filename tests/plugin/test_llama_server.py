@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -23,12 +24,14 @@ import pytest
 from llama_cpp.llama_grammar import LlamaGrammar
 
 from adlocal import AntidistillationLlama
+from adlocal.plugin.build import declared
 from adlocal_convert.convert import convert
 from adlocal_convert.options import Options
 from adlocal_convert.source.export import export_directory
-from llama_server import server
+from llama_server import server, source
 from support import families, tiny
 from support.llama_server import N_CTX, Refused, Server
+from support.paths import ROOT
 from support.recurrent import write_mamba
 
 STRENGTH, N = 3.0, 16
@@ -523,3 +526,13 @@ def test_a_router_starts_servers_that_are_protected(
     with pytest.raises(Refused):
         router.complete(PROMPTS[1], N, model="stranger")
     assert "has another vocabulary than the bundle" in router.said()
+
+
+# The list
+
+
+def test_every_function_of_llama_ext_h_has_its_fate() -> None:
+    """Programs of llama.cpp's own import its C++ functions. One is of a later llama.cpp."""
+    _, _, extensions = (ROOT / "native" / "plugin" / "fates.hpp").read_text().partition("ADL_EXTENSIONS")
+    listed = set(re.findall(r"X\((llama_\w+)", extensions)) - {"llama_batch_ext_set_decision_order"}
+    assert listed == declared((source() / "src" / "llama-ext.h").read_text())
