@@ -87,7 +87,8 @@ def build(include: Path, version: str) -> Path:
 
 
 def _command(source: Path, include: Path, version: str, target: Path) -> list[str]:
-    files = [*(source / "src").glob("*.cpp"), *(source / "plugin").glob("*.cpp")]
+    of_others = {"system_macos.cpp"}  # adlocal run is for Linux
+    files = [path for path in source.glob("*/*.cpp") if path.name not in of_others]
     defined = [f'-DADL_VERSION="{metadata.version("adlocal")}"', f'-DADL_LLAMA_VERSION="{version}"']
     included = [f"-I{path}" for path in (source / "include", include, *_ggml(include))]
     linked = [f"-Wl,--version-script={source / 'adlocal-plugin.map'}", "-ldl"]

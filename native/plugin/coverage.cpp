@@ -1,6 +1,6 @@
 #include "coverage.hpp"
 
-#include "process.hpp"
+#include "config.hpp"
 #include "system.hpp"
 
 #include <algorithm>

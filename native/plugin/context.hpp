@@ -1,0 +1,137 @@
+// One protected context.
+
+#pragma once
+
+#include "adlocal.h"
+#include "config.hpp"
+#include "control.hpp"
+#include "llama.h"
+#include "rows.hpp"
+
+#include <optional>
+#include <vector>
+
+namespace plugin {
+
+// A context of a protected model. Its methods are what the guarded functions do.
+class Context {
+  public:
+    Context(llama_context * context, adl_pair * pair, const llama_context_params & params);
+    ~Context();
+
+    // `decode` is the host's own call.
+    template <typename Decode>
+    int32_t step(const llama_batch & batch, Decode && decode);
+
+    bool readable() const { return readable_ && !embeddings_; }
+
+    // A row in which nothing of the teacher is left.
+    float * closed_row() { return closed_.data(); }
+
+    void set_embeddings(bool value) { embeddings_ = value; }
+    void set_causal(bool value) { causal_ = value; }
+    bool embeddings() const { return embeddings_; }
+
+    // Protection can no longer follow: no row is readable until the memory is cleared.
+    void poison(const char * why);
+    void clear();
+
+    // Memory operations of llama.h, followed by the lockstep. What cuts more off a sequence than its last batch lets it begin
+    // anew; a draft that was wrong is in the last batch.
+    bool seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    void seq_cp(llama_seq_id source, llama_seq_id target, llama_pos p0, llama_pos p1);
+    void seq_keep(llama_seq_id seq_id);
+
+    // A sequence begins anew: its settings are read again when it is next decoded.
+    void begin(llama_seq_id seq_id) { sequences_[static_cast<size_t>(seq_id)] = {}; }
+
+    adl_pair *     pair() const { return pair_; }
+    adl_lockstep * lockstep() const { return lockstep_; }
+
+    llama_context * const context;
+    const llama_memory_t  memory;
+    const uint32_t        n_seq_max;
+
+  private:
+    struct Asked; // of a step's rows
+
+    // What is known of a sequence.
+    struct Sequence {
+        std::optional<Latched> latched;
+        llama_pos              draft    = 0;     // what is cut from after here was drafted in its last batch, and wrong
+        bool                   has_rows = false; // of that batch
+    };
+
+    Asked           ask(const std::vector<Rows::Token> & tokens);
+    const Latched * latched(llama_seq_id seq_id);
+    llama_pos       pos_max(llama_seq_id seq_id) const;
+    bool            has(llama_seq_id seq_id) const { return seq_id >= 0 && static_cast<size_t>(seq_id) < sequences_.size(); }
+    void            notice_prompts(const std::vector<Rows::Token> & tokens);
+    void            note(const std::vector<Rows::Token> & tokens);
+    void            count_doses(const std::vector<Rows::Token> & next) const;
+    void            count(const std::vector<Rows::Token> & tokens, const std::vector<adl_row_result> & results) const;
+    void            close(const Asked & asked) const;
+
+    adl_pair *            pair_;
+    adl_lockstep *        lockstep_;
+    std::vector<float>    closed_;
+    Rows                  rows_;
+    std::vector<Sequence> sequences_;
+    bool                  embeddings_;
+    bool                  causal_   = true;  // without, every token sees every other: the pair's rows would be others
+    bool                  readable_ = false; // the last decode's rows were adjusted
+    bool                  poisoned_ = false;
+};
+
+// The parameters of each row, and which rows are closed whatever comes out.
+struct Context::Asked {
+    std::vector<adl_row_params> params;
+    std::vector<int32_t>        closed;
+};
+
+template <typename Decode>
+int32_t Context::step(const llama_batch & batch, Decode && decode) {
+    readable_ = false;
+    if (poisoned_) {
+        return -3;
+    }
+    if (!causal_) {
+        say("the program has turned causal attention off, which the pair cannot follow");
+        return -3;
+    }
+    std::vector<int8_t> none(static_cast<size_t>(batch.n_tokens > 0 ? batch.n_tokens : 0), 0);
+    llama_batch         followed = batch;
+    if (embeddings_) { // every token is an output row, and all are closed
+        followed.logits = none.data();
+    }
+    auto tokens = Rows::resolve(followed, [this](llama_seq_id seq_id) { return pos_max(seq_id); });
+    count_doses(tokens);
+    rows_.decoded({});
+    notice_prompts(tokens);
+    const Asked                 asked  = ask(tokens);
+    const auto                  n_rows = static_cast<int32_t>(asked.params.size());
+    std::vector<adl_row_result> results(asked.params.size());
+    if (adl_lockstep_begin(lockstep_, followed, asked.params.data(), n_rows) != ADL_OK) {
+        say("%s", adl_last_error());
+        return -3;
+    }
+    const int32_t status = decode();
+    const int32_t failed = adl_lockstep_end(lockstep_, status, results.data());
+    if (embeddings_) {
+        adl_lockstep_close(lockstep_, batch.n_tokens);
+    }
+    if (status == 0) {
+        close(asked);
+        count(tokens, results);
+        note(tokens);
+        rows_.decoded(std::move(tokens));
+    }
+    if (failed != ADL_OK) { // the rows that needed the pair are closed
+        say("%s", adl_last_error());
+        return -3;
+    }
+    readable_ = status == 0;
+    return status;
+}
+
+} // namespace plugin
