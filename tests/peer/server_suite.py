@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from adlocal.bundle import ADAPTER_NAME, PLUS_NAME
 from llama_server import ENGINES, server, source
 from peer import stand_ins
 from peer.masks import MASKED, REFUSED, SKIPPED
@@ -85,10 +86,12 @@ def prepare() -> None:
         file.write_text(masked(file.name, file.read_text(encoding="utf-8"), used), encoding="utf-8")
     if useless := MASKED.keys() - used:
         raise SystemExit(f"server-suite: no line is masked by {useless}; mend tests/peer/masks.py")
-    if not (SUITE / "made" / "bundle").exists():
-        shutil.rmtree(SUITE / "made", ignore_errors=True)
-        stand_ins.write(SUITE / "made", source() / "models" / "ggml-vocab-llama-spm.gguf")
-    (TESTS / "tmp" / "stories15M-q4_0.gguf").symlink_to(SUITE / "made" / "bundle" / "proxy-plus.gguf")
+    made = SUITE / "made"
+    if not (made / "adapter").exists():  # the last of them
+        shutil.rmtree(made, ignore_errors=True)
+        stand_ins.write(made, source() / "models" / "ggml-vocab-llama-spm.gguf")
+    (TESTS / "tmp" / "stories15M-q4_0.gguf").symlink_to(made / "bundle" / PLUS_NAME)
+    (TESTS / "tmp" / "moe_shakespeare15M.gguf").symlink_to(made / "adapter" / ADAPTER_NAME)
     if not PACKAGES.exists():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(PACKAGES), "openai", "requests"]
         subprocess.run([*pip, "filelock"], check=True, timeout=600)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from adlocal.bundle import ADAPTER
 from adlocal_convert.convert import convert
 from adlocal_convert.options import Options
 from adlocal_convert.source.export import export_directory
@@ -31,8 +32,8 @@ N_CTX = 8192
 _NEVER = 259
 
 
-def write(folder: Path, vocabulary: Path) -> Path:
-    """Writes the model, the cache `hub` and the bundle `bundle` in a folder; gives the model's path.
+def write(folder: Path, vocabulary: Path) -> None:
+    """Writes the cache `hub`, the bundle `bundle` and one with an adapter, `adapter`, in a folder.
 
     Args:
         folder: made by this.
@@ -52,7 +53,7 @@ def write(folder: Path, vocabulary: Path) -> Path:
     rows = ({"prompt": f"{i} + {i + 3} =", "completion": f" {2 * i + 3}"} for i in range(10))
     traces.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     convert(Options(str(path), {"traces": traces}, folder / "bundle", carriers=1.0), lambda line: None)
-    return path
+    convert(Options(str(path), {"traces": traces}, folder / "adapter", format=ADAPTER), lambda line: None)
 
 
 def _link(hub: Path, repository: str, name: str, target: Path) -> None:

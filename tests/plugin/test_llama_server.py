@@ -24,6 +24,7 @@ import pytest
 from llama_cpp.llama_grammar import LlamaGrammar
 
 from adlocal import AntidistillationLlama
+from adlocal.bundle import ADAPTER_NAME
 from adlocal.plugin.build import declared
 from adlocal_convert.convert import convert
 from adlocal_convert.options import Options
@@ -35,6 +36,7 @@ from support.paths import ROOT
 from support.recurrent import write_mamba
 
 STRENGTH, N = 3.0, 16
+LORA_SCALE = 20.0
 LETTERS = "root ::= [a-z ]+"
 #: After these the best token is ahead of the next by more than what batches and caches round.
 PROMPTS = [
@@ -263,6 +265,20 @@ def test_a_recurrent_teacher(start: Start, tiny_bundle: Path, tmp_path: Path) ->
     teacher = write_mamba(tmp_path / "mamba.gguf")
     assert_it_follows(teacher, tiny_bundle, start)
     assert_it_follows(teacher, tiny_bundle, start, *drafting(tiny_bundle / "proxy-plus.gguf"))
+
+
+def test_a_teacher_with_an_adapter(start: Start, tiny_llama: Path, tiny_bundle: Path, adapter_bundle: Path) -> None:
+    """Put on when the server starts, and taken off for a request."""
+    adapter = adapter_bundle / ADAPTER_NAME
+    running = start("--lora-scaled", f"{adapter}:{LORA_SCALE}")
+    kwargs: dict[str, Any] = {"n_ctx": N_CTX, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    said = []
+    for scale in (LORA_SCALE, 0.0, LORA_SCALE):
+        own = {**kwargs, "lora_path": str(adapter), "lora_scale": scale} if scale else kwargs
+        with closing(AntidistillationLlama(str(tiny_llama), bundle=tiny_bundle, strength=STRENGTH, **own)) as llm:
+            said.append(generated(llm, PROMPTS[1]))
+        assert running.complete(PROMPTS[1], N, lora=[{"id": 0, "scale": scale}]) == said[-1]
+    assert said[0] == said[2] != said[1]
 
 
 # Drafts
