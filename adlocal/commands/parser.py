@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ..bundle import HALVES, NAMES
 from ..bundle.choices import BALANCED, PARAMS, QUALITIES
 from ..settings import DEFAULT_GUARD
-from .arguments import (
-    add_control,
-    add_preloaded,
-    add_protected,
-    add_protection,
-    add_runtime,
-    add_sampling,
-    count,
-    eps,
-    seconds,
-    seed,
-    temperature,
-)
-from .server_arguments import ENGINES, add_server
-
-Handler = Callable[[argparse.Namespace], None]
+from .arguments import add_protected, add_protection, add_runtime, add_sampling, count, eps, seed, temperature
+from .program_verbs import add_engine, add_plugin, add_run, add_status
+from .verb import Parser, add_verb
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command. Its result has `verb`, and `handler`, which runs it."""
     from .. import __version__
 
-    parser = _Parser(prog="adlocal", description="Antidistillation sampling (arXiv 2504.13146) for llama.cpp.")
+    parser = Parser(prog="adlocal", description="Antidistillation sampling (arXiv 2504.13146) for llama.cpp.")
     parser.add_argument("--version", action="version", version=f"adlocal {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (
@@ -44,10 +29,10 @@ def make_parser() -> argparse.ArgumentParser:
         _add_generate,
         _add_calibrate,
         _add_score,
-        _add_run,
-        _add_engine,
-        _add_status,
-        _add_plugin,
+        add_run,
+        add_engine,
+        add_status,
+        add_plugin,
         _add_bench,
         _add_demo,
     ):
@@ -55,46 +40,10 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verb(name: str) -> Handler:
-    """Imports a verb's module when it runs, so that `--help` stays fast."""
-
-    def handler(args: argparse.Namespace) -> None:
-        importlib.import_module(f"adlocal.commands.{name}").run(args)
-
-    return handler
-
-
-def _add(verbs: Any, name: str, handler: Handler, description: str, example: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        name,
-        help=description[0].lower() + description[1:],
-        description=f"{description}.",
-        epilog=f"example:\n  {example}",
-        formatter_class=_HelpFormatter,
-    )
-    parser.set_defaults(handler=handler)
-    return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    """Tells an error in one line, as `main` does."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults that there are, and the example as it is written."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def _add_traces(verbs: Any) -> None:
-    parser = _add(
+    parser = add_verb(
         verbs,
         "traces",
-        _verb("traces"),
         "Generate traces: clean ones for convert, protected ones with --bundle; a second run goes on where it stopped",
         "adlocal traces -m teacher.gguf --prompts prompts.jsonl -o traces.jsonl",
     )
@@ -127,10 +76,9 @@ def _add_traces(verbs: Any) -> None:
 
 
 def _add_convert(verbs: Any) -> None:
-    parser = _add(
+    parser = add_verb(
         verbs,
         "convert",
-        _verb("convert"),
         "Make a bundle from a proxy student and traces",
         "adlocal convert owner/proxy-GGUF:Q4_K_M --traces math=a.jsonl --traces code=b.jsonl --out bundle/",
     )
@@ -201,16 +149,15 @@ def _add_convert_method(parser: argparse.ArgumentParser) -> None:
 
 def _add_inspect(verbs: Any) -> None:
     description = "Tell what a bundle is and whether its halves fit together"
-    parser = _add(verbs, "inspect", _verb("inspect"), description, "adlocal inspect bundle/ --json")
+    parser = add_verb(verbs, "inspect", description, "adlocal inspect bundle/ --json")
     parser.add_argument("bundle", type=Path, metavar="DIR")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_generate(verbs: Any) -> None:
-    parser = _add(
+    parser = add_verb(
         verbs,
         "generate",
-        _verb("generate"),
         "Generate text under protection",
         "adlocal generate -m teacher.gguf --bundle bundle/ --chat -p 'Why is the sky blue?' --strength 4",
     )
@@ -223,10 +170,9 @@ def _add_generate(verbs: Any) -> None:
 
 
 def _add_calibrate(verbs: Any) -> None:
-    parser = _add(
+    parser = add_verb(
         verbs,
         "calibrate",
-        _verb("calibrate"),
         "Find the strength that spends a budget, and make it the bundle's default",
         "adlocal calibrate -m teacher.gguf --bundle bundle/ --prompts prompts.jsonl --kl 0.1 --plot calibration.png",
     )
@@ -259,7 +205,7 @@ def _add_calibrate(verbs: Any) -> None:
 def _add_score(verbs: Any) -> None:
     description = "Measure the dose of existing traces"
     example = "adlocal score --bundle bundle/ traces.jsonl --html scores.html"
-    parser = _add(verbs, "score", _verb("score"), description, example)
+    parser = add_verb(verbs, "score", description, example)
     parser.add_argument("traces", type=Path, metavar="TRACES.jsonl")
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR")
     parser.add_argument("--raw", action="store_true", help="concatenate string pairs, without the chat template")
@@ -272,70 +218,9 @@ def _add_score(verbs: Any) -> None:
     add_runtime(parser, ctx_size=2048)
 
 
-def _add_run(verbs: Any) -> None:
-    description = "Start a llama.cpp program that nobody changed, under protection (Linux)"
-    example = "adlocal run --bundle bundle/ -- llama-server -m teacher.gguf --parallel 4"
-    parser = _add(verbs, "run", _verb("run"), description, example)
-    add_preloaded(parser)
-    parser.add_argument(
-        "--libllama", type=Path, metavar="FILE", help="the program's llama.cpp, where it needs a plugin of its own"
-    )
-    parser.add_argument("program", nargs="+", metavar="PROGRAM", help="and its arguments, after --")
-
-
-def _add_engine(verbs: Any) -> None:
-    description = "Serve a teacher under protection, with llama-server's HTTP API and flags"
-    example = "adlocal engine -m teacher.gguf --bundle bundle/ --parallel 4 --port 8080"
-    parser = _add(verbs, "engine", _verb("engine"), description, example)
-    add_preloaded(parser)
-    parser.add_argument(
-        "--engine",
-        choices=ENGINES,
-        default=ENGINES[0],
-        help="xllamacpp (Linux; adlocal[engine]), or where it cannot be protected llama-cpp-python's own server, which "
-        "answers one request at a time",
-    )
-    add_server(parser)
-    parser.set_defaults(libllama=None)  # it brings its own
-
-
-def _add_plugin(verbs: Any) -> None:
-    parser = _add(
-        verbs,
-        "plugin",
-        _verb("plugin"),
-        "Compile the library of adlocal run for another llama.cpp (seconds; needs a C++ compiler)",
-        "adlocal plugin build --include llama.cpp/include --libllama llama.cpp/build/bin/libllama.so",
-    )
-    parser.add_argument("action", choices=["build"])
-    parser.add_argument("--include", type=Path, required=True, metavar="DIR", help="where its llama.h is")
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--libllama", type=Path, metavar="FILE", help="the library, which is asked for its version")
-    which.add_argument("--llama-version", metavar="VERSION", help="what its llama_version() returns")
-
-
-def _add_status(verbs: Any) -> None:
-    description = "Show what the programs under adlocal run are doing"
-    parser = _add(verbs, "status", _verb("status"), description, "adlocal status --watch")
-    add_control(parser)
-    parser.add_argument("pid", nargs="*", type=count, metavar="PID", help="only these; all by default")
-    parser.add_argument(
-        "-w",
-        "--watch",
-        type=seconds,
-        nargs="?",
-        const=1.0,
-        metavar="SECONDS",
-        help="again and again, every second by default",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON array, or one a line with --watch")
-
-
 def _add_bench(verbs: Any) -> None:
     description = "Measure what protection costs, as ratios in one run"
-    parser = _add(
-        verbs, "bench", _verb("bench"), description, "adlocal bench -m teacher.gguf --bundle bundle/ --guard 0.2 -n 64"
-    )
+    parser = add_verb(verbs, "bench", description, "adlocal bench -m teacher.gguf --bundle bundle/ --guard 0.2 -n 64")
     add_protected(parser, bundle_required=True, n_predict=32)
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="what to go on from, by default the start of a story")
     parser.add_argument(
@@ -351,10 +236,9 @@ def _add_bench(verbs: Any) -> None:
 
 
 def _add_demo(verbs: Any) -> None:
-    parser = _add(
+    parser = add_verb(
         verbs,
         "demo",
-        _verb("demo"),
         "Convert SmolLM2-135M-Instruct and answer one prompt without and with protection",
         "adlocal demo",
     )

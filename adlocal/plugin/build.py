@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -25,16 +26,12 @@ version = ctypes.CDLL(sys.argv[1]).llama_version
 version.restype = ctypes.c_char_p
 print(version().decode())
 """
-_FLAGS = [
-    "-std=c++17",
-    "-shared",
-    "-fPIC",
-    "-O2",
-    "-fvisibility=hidden",
-    "-fvisibility-inlines-hidden",
-    "-fopenmp-simd",
-]
-_UNCHECKED = ["-fno-math-errno", "-fno-trapping-math", "-Wno-deprecated-declarations"]
+#: As native/CMakeLists.txt has them.
+_FLAGS = (
+    *("-std=c++17", "-shared", "-fPIC", "-pthread", "-O2", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
+    *("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-Wno-deprecated-declarations"),
+    *("-DADLOCAL_STATIC", "-DADLOCAL_BUILD"),
+)
 
 
 def version_of(libllama: Path) -> str:
@@ -52,8 +49,17 @@ def version_of(libllama: Path) -> str:
 
 
 def kept(version: str) -> Path:
-    """Where the plugin for a version lies once it is built."""
-    return cache_directory() / "plugin" / re.sub(r"[^\w.-]", "_", version) / FILE_NAME
+    """Where the plugin for a version lies once it is built, from the sources that there are now.
+
+    Raises:
+        NativeError: adlocal was installed without them.
+    """
+    source = native.find("native")
+    digest = hashlib.sha256()
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        digest.update(path.read_bytes())
+    name = re.sub(r"[^\w.-]", "_", version)
+    return cache_directory() / "plugin" / f"{name}-{digest.hexdigest()[:16]}" / FILE_NAME
 
 
 def build(include: Path, version: str) -> Path:

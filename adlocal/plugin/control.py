@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..settings import Settings
 
 MAGIC, VERSION, N_SEQ_MAX = b"adlctrl", 1, 256
-OFF, OBSERVE, PROTECT = range(3)
+#: By their numbers in enum adl_mode.
 MODES = ("off", "observe", "protect")
 
 
@@ -147,17 +147,19 @@ class Control:
             )
         return cls(path, file)
 
-    def ask(self, seq_id: int, settings: Settings, mode: int = PROTECT) -> int:
+    def ask(self, seq_id: int, settings: Settings, mode: str = "protect") -> int:
         """Asks for settings that the sequence is given when it next begins; returns their epoch.
 
         The program never gives less than it was started with.
 
         Raises:
-            InputError: there is no such sequence.
+            InputError: there is no such sequence, or no such mode.
         """
+        if mode not in MODES:
+            raise InputError(f"mode={mode!r}: give one of {', '.join(MODES)}")
         asked = self._sequence(seq_id).asked
         asked.epoch |= 1
-        asked.strength, asked.guard, asked.mode = settings.strength, settings.guard, mode
+        asked.strength, asked.guard, asked.mode = settings.strength, settings.guard, MODES.index(mode)
         asked.epoch += 1
         return int(asked.epoch)
 

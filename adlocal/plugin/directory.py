@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def control_directory(directory: Path | None = None) -> Path:
 
 def _own_directory() -> Path:
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(runtime) / "adlocal" if runtime else Path(f"/tmp/adlocal-{os.getuid()}")
+    return Path(runtime) / "adlocal" if runtime else Path(tempfile.gettempdir()) / f"adlocal-{os.getuid()}"
 
 
 def controls(directory: Path) -> list[Control]:

@@ -1,6 +1,6 @@
 #include "config.hpp"
 
-#include "process.hpp"
+#include "control.hpp"
 
 #include <algorithm>
 #include <climits>
@@ -84,9 +84,7 @@ void die(const char * fmt, ...) {
     va_start(arguments, fmt);
     say_line(fmt, arguments);
     va_end(arguments);
-    if (const Process * process = Process::existing()) {
-        process->control().remove();
-    }
+    Control::remove_file();
     _exit(1);
 }
 

@@ -1,5 +1,6 @@
 #include "context.hpp"
 
+#include "../src/error.hpp"
 #include "process.hpp"
 #include "real.hpp"
 
@@ -10,7 +11,7 @@
 namespace plugin {
 
 Context::Context(llama_context * c, adl_pair * pair, const llama_context_params & params)
-    : context(c), memory(real().table.llama_get_memory(c)), n_seq_max(real().llama_n_seq_max(c)), pair_(pair),
+    : memory(real().table.llama_get_memory(c)), n_seq_max(real().llama_n_seq_max(c)), context_(c), pair_(pair),
       lockstep_(adl_lockstep_init(pair, c, adl_lockstep_default_params())), embeddings_(params.embeddings) {
     if (lockstep_ == nullptr) {
         die("%s", adl_last_error());
@@ -71,9 +72,20 @@ void Context::seq_keep(llama_seq_id seq_id) {
     }
 }
 
+void Context::begin(llama_seq_id seq_id) {
+    if (has(seq_id)) {
+        sequences_[seq_id] = {};
+    }
+}
+
+// Nothing where the lockstep will refuse the batch.
+Tokens Context::resolve(const llama_batch & batch) const {
+    return adl::guarded<Tokens>({}, [&] { return batch.token ? adl::resolve(batch, [this](llama_seq_id seq_id) { return pos_max(seq_id); }) : Tokens(); });
+}
+
 // Whoever was given rows to sample from and now reads a token without one reads a prompt: the next request.
-void Context::notice_prompts(const std::vector<Rows::Token> & tokens) {
-    for (const Rows::Token & token : tokens) {
+void Context::notice_prompts(const Tokens & tokens) {
+    for (const adl::Entry & token : tokens) {
         for (const llama_seq_id seq_id : token.seq_ids) {
             if (has(seq_id) && token.row < 0 && sequences_[seq_id].has_rows) {
                 begin(seq_id);
@@ -83,9 +95,9 @@ void Context::notice_prompts(const std::vector<Rows::Token> & tokens) {
 }
 
 // Sampled and drafted tokens all have rows, and those of a prompt have not.
-void Context::note(const std::vector<Rows::Token> & tokens) {
+void Context::note(const Tokens & tokens) {
     std::set<llama_seq_id> seen;
-    for (const Rows::Token & token : tokens) {
+    for (const adl::Entry & token : tokens) {
         for (const llama_seq_id seq_id : token.seq_ids) {
             Sequence & sequence = sequences_[seq_id];
             const bool is_first = seen.insert(seq_id).second;
@@ -114,9 +126,9 @@ const Latched * Context::latched(llama_seq_id seq_id) {
 }
 
 // A row of several sequences is protected as the one that asks for most.
-Context::Asked Context::ask(const std::vector<Rows::Token> & tokens) {
+Context::Asked Context::ask(const Tokens & tokens) {
     Asked asked;
-    for (const Rows::Token & token : tokens) {
+    for (const adl::Entry & token : tokens) {
         std::optional<Latched> row;
         for (const llama_seq_id seq_id : token.seq_ids) {
             if (const Latched * each = latched(seq_id)) {
@@ -138,7 +150,7 @@ Context::Asked Context::ask(const std::vector<Rows::Token> & tokens) {
 }
 
 void Context::close(const Asked & asked) const {
-    float * const logits = asked.closed.empty() ? nullptr : real().table.llama_get_logits(context);
+    float * const logits = asked.closed.empty() ? nullptr : real().table.llama_get_logits(context_);
     for (const int32_t row : asked.closed) {
         std::copy(closed_.begin(), closed_.end(), logits + static_cast<size_t>(row) * closed_.size());
     }
@@ -149,7 +161,7 @@ void Context::close(const Asked & asked) const {
 //
 
 // The doses of the tokens that came after the rows of the last step.
-void Context::count_doses(const std::vector<Rows::Token> & next) const {
+void Context::count_doses(const Tokens & next) const {
     rows_.follow(next, [this](llama_seq_id seq_id, int32_t row, llama_token token) {
         const double dose = adl_lockstep_dose(lockstep_, row, token);
         if (std::isfinite(dose)) {
@@ -160,18 +172,21 @@ void Context::count_doses(const std::vector<Rows::Token> & next) const {
     });
 }
 
-void Context::count(const std::vector<Rows::Token> & tokens, const std::vector<adl_row_result> & results) const {
-    for (const Rows::Token & token : tokens) {
+// Where the pair failed for one of them, none of a step's rows was shown.
+void Context::count(const Tokens & tokens, const std::vector<adl_row_result> & results, bool shown) const {
+    for (const adl::Entry & token : tokens) {
         if (token.row < 0) {
             continue;
         }
         const adl_row_result & result   = results[static_cast<size_t>(token.row)];
         adl_control_counters & counters = Process::get().control().counters(token.seq_ids[0]);
-        const Latched &        latched  = *sequences_[token.seq_ids[0]].latched;
+        if (!shown || result.closed || sequences_[token.seq_ids[0]].latched->closed) {
+            counters.n_closed += 1;
+            continue;
+        }
         counters.n_rows += 1;
         counters.n_choices += result.n_candidates > 1;
         counters.n_evaluated += result.evaluated;
-        counters.n_closed += result.closed || latched.closed;
         counters.kl += result.kl;
     }
 }

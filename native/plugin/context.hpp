@@ -30,7 +30,6 @@ class Context {
 
     void set_embeddings(bool value) { embeddings_ = value; }
     void set_causal(bool value) { causal_ = value; }
-    bool embeddings() const { return embeddings_; }
 
     // Protection can no longer follow: no row is readable until the memory is cleared.
     void poison(const char * why);
@@ -43,14 +42,13 @@ class Context {
     void seq_keep(llama_seq_id seq_id);
 
     // A sequence begins anew: its settings are read again when it is next decoded.
-    void begin(llama_seq_id seq_id) { sequences_[static_cast<size_t>(seq_id)] = {}; }
+    void begin(llama_seq_id seq_id);
 
     adl_pair *     pair() const { return pair_; }
     adl_lockstep * lockstep() const { return lockstep_; }
 
-    llama_context * const context;
-    const llama_memory_t  memory;
-    const uint32_t        n_seq_max;
+    const llama_memory_t memory;
+    const uint32_t       n_seq_max;
 
   private:
     struct Asked; // of a step's rows
@@ -62,16 +60,18 @@ class Context {
         bool                   has_rows = false; // of that batch
     };
 
-    Asked           ask(const std::vector<Rows::Token> & tokens);
+    Tokens          resolve(const llama_batch & batch) const;
+    Asked           ask(const Tokens & tokens);
     const Latched * latched(llama_seq_id seq_id);
     llama_pos       pos_max(llama_seq_id seq_id) const;
     bool            has(llama_seq_id seq_id) const { return seq_id >= 0 && static_cast<size_t>(seq_id) < sequences_.size(); }
-    void            notice_prompts(const std::vector<Rows::Token> & tokens);
-    void            note(const std::vector<Rows::Token> & tokens);
-    void            count_doses(const std::vector<Rows::Token> & next) const;
-    void            count(const std::vector<Rows::Token> & tokens, const std::vector<adl_row_result> & results) const;
+    void            notice_prompts(const Tokens & tokens);
+    void            note(const Tokens & tokens);
+    void            count_doses(const Tokens & next) const;
+    void            count(const Tokens & tokens, const std::vector<adl_row_result> & results, bool shown) const;
     void            close(const Asked & asked) const;
 
+    llama_context * const context_;
     adl_pair *            pair_;
     adl_lockstep *        lockstep_;
     std::vector<float>    closed_;
@@ -104,7 +104,7 @@ int32_t Context::step(const llama_batch & batch, Decode && decode) {
     if (embeddings_) { // every token is an output row, and all are closed
         followed.logits = none.data();
     }
-    auto tokens = Rows::resolve(followed, [this](llama_seq_id seq_id) { return pos_max(seq_id); });
+    Tokens tokens = resolve(followed);
     count_doses(tokens);
     rows_.decoded({});
     notice_prompts(tokens);
@@ -122,7 +122,7 @@ int32_t Context::step(const llama_batch & batch, Decode && decode) {
     }
     if (status == 0) {
         close(asked);
-        count(tokens, results);
+        count(tokens, results, failed == ADL_OK);
         note(tokens);
         rows_.decoded(std::move(tokens));
     }

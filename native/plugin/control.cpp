@@ -21,6 +21,10 @@ namespace {
 
 constexpr int PATIENCE = 1000; // looks at settings that are being written; the writer needs a microsecond
 
+// The file of this process, whose number is another's after a fork. They outlive everything that may end the process.
+const std::string * file  = nullptr;
+pid_t               maker = 0;
+
 template <size_t N>
 void copy_text(char (&target)[N], const char * text) {
     std::strncpy(target, text, N - 1);
@@ -72,7 +76,8 @@ adl_control_settings raised(const adl_control_settings & floor, const adl_contro
 
 Control::Control(const Config & config)
     : floor_({0, config.strength, config.guard, config.observe ? ADL_MODE_OBSERVE : ADL_MODE_PROTECT, 0}) {
-    if (!config.control_directory.empty() && !map(config.control_directory)) {
+    const std::string unfinished = config.control_directory.empty() ? "" : map(config.control_directory);
+    if (!config.control_directory.empty() && unfinished.empty()) {
         say("%s: no control file can be made there (%s); protection goes on, and `adlocal status` will not show this program",
             config.control_directory.c_str(), std::strerror(errno));
     }
@@ -89,15 +94,17 @@ Control::Control(const Config & config)
     control_->floor     = floor_;
     std::atomic_thread_fence(std::memory_order_release);
     std::memcpy(control_->magic, ADL_CONTROL_MAGIC, sizeof control_->magic);
-    show();
+    if (!unfinished.empty()) {
+        show(unfinished);
+    }
 }
 
-bool Control::map(const std::string & directory) {
-    const std::string path = directory + "/" + std::to_string(getpid()) + ".new";
+std::string Control::map(const std::string & directory) {
+    std::string path = directory + "/" + std::to_string(getpid()) + ".new";
     unlink(path.c_str()); // of an earlier program with our number
     const int fd = open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0) {
-        return false;
+        return "";
     }
     void * const mapped = flock(fd, LOCK_EX | LOCK_NB) == 0 && ftruncate(fd, sizeof(adl_control)) == 0
         ? mmap(nullptr, sizeof(adl_control), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
@@ -107,31 +114,26 @@ bool Control::map(const std::string & directory) {
         unlink(path.c_str());
         close(fd);
         errno = error;
-        return false;
+        return "";
     }
     control_ = static_cast<adl_control *>(mapped); // and the descriptor stays open: it holds the lock
-    path_    = path;
-    return true;
+    return path;
 }
 
-// Gives the file its name, now that it is whole and locked.
-void Control::show() {
-    if (path_.empty()) {
-        return;
-    }
-    const std::string name = path_.substr(0, path_.rfind('.')) + ".control";
-    if (rename(path_.c_str(), name.c_str()) != 0) {
+void Control::show(const std::string & unfinished) {
+    const std::string name = unfinished.substr(0, unfinished.rfind('.')) + ".control";
+    if (rename(unfinished.c_str(), name.c_str()) != 0) {
         say("%s: %s; `adlocal status` will not show this program", name.c_str(), std::strerror(errno));
-        unlink(path_.c_str());
-        path_.clear();
+        unlink(unfinished.c_str());
         return;
     }
-    path_ = name;
+    file  = new std::string(name);
+    maker = getpid();
 }
 
-void Control::remove() const {
-    if (!path_.empty() && control_->pid == static_cast<uint32_t>(getpid())) {
-        unlink(path_.c_str());
+void Control::remove_file() {
+    if (maker == getpid()) {
+        unlink(file->c_str());
     }
 }
 

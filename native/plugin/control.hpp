@@ -33,16 +33,18 @@ class Control {
 
     adl_control_counters & counters(llama_seq_id seq_id) { return control_->sequences[seq_id].counters; }
 
-    // Removes the file, unless a child inherited it.
-    void remove() const;
+    // Removes this process's file, if it has one; a child that inherited it leaves it alone.
+    static void remove_file();
 
   private:
-    bool map(const std::string & directory);
-    void show();
+    // Makes the file under a name that nobody looks for, and locks it; "" and errno where that fails.
+    std::string map(const std::string & directory);
+
+    // Gives it its name, now that it is whole.
+    static void show(const std::string & unfinished);
 
     const adl_control_settings floor_; // the file's is for others to read: who writes there changes nothing here
     adl_control *              control_ = nullptr;
-    std::string                path_;
 };
 
 } // namespace plugin

@@ -1,11 +1,11 @@
 #include "coverage.hpp"
 
 #include "config.hpp"
+#include "objects.hpp"
 #include "system.hpp"
 
 #include <algorithm>
 #include <cstring>
-#include <dlfcn.h>
 #include <elf.h>
 #include <link.h>
 #include <mutex>
@@ -63,11 +63,6 @@ ElfW(Addr) base_of(const dl_phdr_info & info) {
     return first == end ? info.dlpi_addr : info.dlpi_addr + (first->p_vaddr & ~(first->p_align - 1));
 }
 
-ElfW(Addr) our_base() {
-    Dl_info where;
-    return dladdr(reinterpret_cast<const void *>(&our_base), &where) != 0 ? reinterpret_cast<ElfW(Addr)>(where.dli_fbase) : 0;
-}
-
 template <typename Relocations>
 bool name_llama(const Tables & tables, const Relocations & relocations) {
     for (size_t i = 0; relocations.first != nullptr && i < relocations.size / sizeof(ElfW(Rela)); ++i) {
@@ -103,14 +98,8 @@ struct Doubtful {
 
 // Whether a call from outside finds llama.cpp there.
 bool exports_llama(const Doubtful & object) {
-    void * const handle = dlopen(object.path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
-    void * const init   = handle ? find_symbol(handle, "llama_init_from_model") : nullptr;
-    Dl_info      where;
-    const bool   own = init != nullptr && dladdr(init, &where) != 0 && where.dli_fbase == reinterpret_cast<void *>(object.base);
-    if (handle != nullptr) {
-        dlclose(handle);
-    }
-    return own;
+    const auto where = llama_through(object.path);
+    return where && reinterpret_cast<ElfW(Addr)>(where->dli_fbase) == object.base;
 }
 
 // What has been looked at.
@@ -123,7 +112,7 @@ struct Seen {
 // The first object is the program. Nothing is opened here: the linker's lock is held.
 int look_at(dl_phdr_info * info, size_t, void * data) {
     auto & seen = *static_cast<Seen *>(data);
-    if (base_of(*info) == our_base() || !seen.objects.insert(base_of(*info)).second) {
+    if (base_of(*info) == reinterpret_cast<ElfW(Addr)>(own_base()) || !seen.objects.insert(base_of(*info)).second) {
         return 0;
     }
     const Tables tables = tables_of(*info);

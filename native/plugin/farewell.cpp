@@ -15,9 +15,7 @@ bool is_the_program() {
 }
 
 __attribute__((destructor)) void farewell() {
-    if (const plugin::Process * process = plugin::Process::existing()) {
-        process->control().remove();
-    }
+    plugin::Control::remove_file();
     if (is_the_program() && !plugin::Process::has_protected()) {
         plugin::say("%s made no context of a protected model: nothing of it was protected", plugin::program_name());
     }

@@ -16,8 +16,7 @@ bool is_within(const std::string & path, const std::string & directory) {
 
 } // namespace
 
-std::atomic<bool>      Process::has_protected_ = false;
-std::atomic<Process *> Process::existing_      = nullptr;
+std::atomic<bool> Process::has_protected_ = false;
 
 Process & Process::get() {
     static Process & process = *new Process; // never destroyed: threads may run on while the program ends
@@ -30,7 +29,6 @@ Process::Process() : config_(Config::of_environment()), control_(config_) {
         die("%s", adl_last_error());
     }
     open_vocabulary();
-    existing_ = this;
 }
 
 void Process::open_vocabulary() {

@@ -23,12 +23,8 @@ class Process {
   public:
     static Process & get();
 
-    // NULL in a program that has not used llama.cpp.
-    static Process * existing() { return existing_; }
-
     const Config & config() const { return config_; }
-    Control &       control() { return control_; }
-    const Control & control() const { return control_; }
+    Control &      control() { return control_; }
 
     // A model that was loaded from a path, "" where it is not known.
     void loaded(llama_model * model, const std::string & path, const llama_model_params & params);
@@ -74,7 +70,6 @@ class Process {
     llama_model *                                         vocabulary_ = nullptr; // the bundle's, without weights
     adl_pair *                                            first_ = nullptr;      // keeps the pair's weights
     static std::atomic<bool>                              has_protected_;
-    static std::atomic<Process *>                         existing_;
 };
 
 } // namespace plugin

@@ -1,6 +1,7 @@
 #include "real.hpp"
 
-#include "process.hpp"
+#include "config.hpp"
+#include "objects.hpp"
 #include "system.hpp"
 
 #include <cstddef>
@@ -19,25 +20,14 @@ struct Found {
     std::string path;
 };
 
-void * base_of(const void * address) {
-    Dl_info info;
-    return dladdr(address, &info) != 0 ? info.dli_fbase : nullptr;
-}
-
-// Nothing is opened while objects are listed: the linker's lock is held then.
 std::vector<Found> find_llamas() {
     std::vector<Found> found;
-    std::set<void *>   bases = {base_of(reinterpret_cast<const void *>(&base_of))};
+    std::set<void *>   bases = {own_base()};
     for (const std::string & name : loaded_objects()) {
-        void * handle = dlopen(name.empty() ? nullptr : name.c_str(), RTLD_LAZY | RTLD_NOLOAD);
-        void * init   = handle ? find_symbol(handle, "llama_init_from_model") : nullptr;
-        // A handle's search goes on to what the object depends on: the definition has to be its own.
-        Dl_info where;
-        if (init != nullptr && bases.insert(base_of(init)).second && dladdr(init, &where) != 0) {
-            void * own = dlopen(where.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
-            found.push_back({own != nullptr ? own : handle, where.dli_fname});
-        } else if (handle != nullptr) {
-            dlclose(handle);
+        const auto where = llama_through(name);
+        if (where && bases.insert(where->dli_fbase).second) {
+            void * const own = dlopen(where->dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+            found.push_back({own ? own : dlopen(nullptr, RTLD_LAZY), where->dli_fname}); // the program itself has no other handle
         }
     }
     return found;
@@ -65,7 +55,7 @@ void call_into(void * function, Padded * place) {
 }
 
 size_t measured(void * function) {
-    size_t     size = 0;
+    size_t size = 0;
     for (const unsigned char fill : {0xA5, 0x5A}) {
         Padded result;
         std::memset(&result, fill, sizeof result);

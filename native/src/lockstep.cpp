@@ -89,9 +89,9 @@ void adl_lockstep::begin(const llama_batch & batch, const adl_row_params * rows,
     if (batch.token == nullptr || batch.n_tokens < 1) {
         throw Error{ADL_ERROR_PROXY, "the batch holds no tokens (multimodal input is embeddings), and the proxies evaluate nothing else"};
     }
-    resolve(batch);
+    step_ = adl::resolve(batch, [this](llama_seq_id seq_id) { return llama_.llama_memory_seq_pos_max(memory_, seq_id); });
     check_positions();
-    const auto n_outputs = std::count_if(step_.begin(), step_.end(), [](const Entry & entry) { return entry.output; });
+    const auto n_outputs = std::count_if(step_.begin(), step_.end(), [](const Entry & entry) { return entry.row >= 0; });
     if (n_outputs != n_rows || (n_rows > 0 && rows == nullptr)) {
         throw Error{ADL_ERROR_INPUT, format("%d row parameters for %d output rows; give one a row", n_rows, static_cast<int>(n_outputs))};
     }
@@ -111,38 +111,6 @@ void adl_lockstep::make_room() {
                 cells.reserve(2 * (cells.size() + step_.size()));
             }
         }
-    }
-}
-
-// Copies the batch, and fills in what llama_decode would by itself.
-void adl_lockstep::resolve(const llama_batch & batch) {
-    step_.clear();
-    std::map<llama_seq_id, llama_pos> next;
-    for (int32_t i = 0; i < batch.n_tokens; ++i) {
-        Entry entry = {batch.token[i], 0, {0}, batch.logits ? batch.logits[i] != 0 : i == batch.n_tokens - 1, false};
-        if (batch.seq_id != nullptr) {
-            const int32_t n = batch.n_seq_id ? batch.n_seq_id[i] : 1;
-            entry.seq_ids.assign(batch.seq_id[i], batch.seq_id[i] + n);
-        }
-        if (entry.seq_ids.empty()) {
-            throw Error{ADL_ERROR_INPUT, format("token %d of the batch is of no sequence; give it one", i)};
-        }
-        const auto known = next.emplace(entry.seq_ids[0], llama_.llama_memory_seq_pos_max(memory_, entry.seq_ids[0]) + 1).first;
-        entry.pos        = batch.pos ? batch.pos[i] : known->second;
-        known->second    = entry.pos + 1;
-        step_.push_back(std::move(entry));
-    }
-    note_prompts();
-}
-
-// A token that is sampled from is decoded by itself, for its row; a prompt's come with others, or without a row.
-void adl_lockstep::note_prompts() {
-    std::map<llama_seq_id, int> count;
-    for (const Entry & entry : step_) {
-        ++count[entry.seq_ids[0]];
-    }
-    for (Entry & entry : step_) {
-        entry.in_prompt = count[entry.seq_ids[0]] > 1 || !entry.output;
     }
 }
 
@@ -208,7 +176,7 @@ void adl_lockstep::commit() noexcept {
         for (const llama_seq_id seq_id : entry.seq_ids) {
             sequence(seq_id).cells.push_back({entry.pos, entry.token, entry.in_prompt});
         }
-        if (entry.output) {
+        if (entry.row >= 0) {
             const llama_seq_id seq_id = entry.seq_ids[0];
             const auto         params = params_[outputs_.size()];
             outputs_.push_back({params, {0.0, 0, false, false}, seq_id, sequence(seq_id).cells.size() - 1, {}});

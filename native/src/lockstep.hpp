@@ -3,6 +3,7 @@
 #pragma once
 
 #include "adlocal.h"
+#include "batch.hpp"
 #include "error.hpp"
 #include "pair.hpp"
 
@@ -25,15 +26,6 @@ struct Sequence {
     bool              steered = true; // as its last row was; one without rows may come to be
 
     bool waits() const { return n_held < cells.size(); }
-};
-
-// A token of the step that is under way.
-struct Entry {
-    llama_token               token;
-    llama_pos                 pos;
-    std::vector<llama_seq_id> seq_ids;
-    bool                      output;
-    bool                      in_prompt;
 };
 
 // A row of the teacher's last decode.
@@ -79,8 +71,6 @@ struct adl_lockstep {
     struct Wanted; // a token that waits, and the row that follows it
 
     adl::Sequence & sequence(llama_seq_id seq_id) { return sequences_[seq_id]; }
-    void            resolve(const llama_batch & batch);
-    void            note_prompts();
     llama_pos       last_known(llama_seq_id seq_id) const;
     void            check_positions() const;
     void            make_room();

@@ -129,12 +129,7 @@ def xllamacpp(
     if options is not None:
         command = [sys.executable, "-m", "adlocal", "run", "--bundle", bundle.directory, *options, "--", *command]
     variables = {**path, xllamacpp_server.VARIABLE: json.dumps(told)}
-    server = stack.enter_context(serving(command, log, variables, seconds=3600))
-
-    def ask(prompts: Sequence[Prompt], n: int) -> None:
-        server.tokens_at_once(prompts, n_predict=n, ignore_eos=True)
-
-    return ask
+    return asker(stack.enter_context(serving(command, log, variables, seconds=3600)).complete_at_once)
 
 
 def drop_ins(stack: ExitStack, bundle: Bundle, args: argparse.Namespace) -> dict[str, Ask]:

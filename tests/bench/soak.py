@@ -85,9 +85,9 @@ def soak(plain: Server, running: Server, directory: Path, minutes: float, rate: 
             (running.process.poll() is not None, "the server has ended"),
             (any(thread.is_alive() for thread in threads), "a client still waits"),
             (grown[1] > max(grown[0], 0) + GROWTH, "memory grew"),
-            (any(slot["is_processing"] for slot in running.get("/slots")), "a slot is stuck"),
+            (any(slot["is_processing"] for slot in running.ask("/slots")), "a slot is stuck"),
             (running.complete(PROMPT, 16) != expected, "the server says something else than at the start"),
-            (counters.n_choices != counters.n_evaluated, "a row with a choice was not evaluated"),
+            (counters.n_rows != counters.n_evaluated, "a row was not evaluated, and this teacher is sure of nothing"),
             (sum(own.n_tokens for own, _ in clients) > counters.n_rows, "a token came from no row"),
         )
         if fails

@@ -6,6 +6,7 @@ import ctypes
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import gguf
 import llama_cpp
+import numpy as np
 import pytest
 
 from adlocal import AntidistillationLlama, InputError, Settings
+from adlocal.bundle import MINUS_NAME, PLUS_NAME
 from adlocal.plugin import Control, control, control_directory, controls
-from adlocal.plugin.control import OBSERVE, OFF
 from support.cli import Cli
 from support.paths import ROOT
 
@@ -149,15 +152,15 @@ def test_a_request_under_way_keeps_its_own(start: Start, drop_in: DropIn) -> Non
 @pytest.mark.parametrize(
     ("strength", "guard", "mode"),
     [
-        (0.0, GUARD, control.PROTECT),
-        (1.0, GUARD, control.PROTECT),
-        (3.0, 1.0, control.PROTECT),
-        (9.0, 1.0, OFF),
-        (9.0, 0.0, OBSERVE),
+        (0.0, GUARD, "protect"),
+        (1.0, GUARD, "protect"),
+        (3.0, 1.0, "protect"),
+        (9.0, 1.0, "off"),
+        (9.0, 0.0, "observe"),
     ],
 )
 def test_no_less_than_the_program_was_started_with(
-    strength: float, guard: float, mode: int, start: Start, drop_in: DropIn
+    strength: float, guard: float, mode: str, start: Start, drop_in: DropIn
 ) -> None:
     program, control = start("--strength", 3)
     control.ask(0, Settings(strength, guard), mode)
@@ -225,6 +228,36 @@ def test_counters_are_the_drop_ins(start: Start, drop_in: DropIn) -> None:
     assert found.dose == pytest.approx(tokens.total, rel=1e-5)
     assert control.counters() - before == found  # of all sequences
     assert control.begun() == [0]
+
+
+FAILING = """
+import json, os, sys, llama_cpp
+from pathlib import Path
+from adlocal.plugin import Control
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=128, n_threads=1, n_threads_batch=1, verbose=False)
+try:
+    llm.eval(llm.tokenize(b"3 + 4 ="))
+except RuntimeError as error:
+    control = Control.open(Path(os.environ["ADLOCAL_CONTROL_DIR"]) / f"{os.getpid()}.control")
+    row = llama_cpp.llama_get_logits_ith(llm._ctx.ctx, -1)
+    print(json.dumps([str(error), row[65], control.counters(0).n_rows, control.counters(0).n_closed]))
+"""
+
+
+def test_rows_that_a_proxy_failed_for_are_closed_and_counted(
+    tiny_llama: Path, tiny_bundle: Path, tmp_path: Path, directory: Path
+) -> None:
+    """A weight of the proxies that is no number."""
+    bundle, script = shutil.copytree(tiny_bundle, tmp_path / "bundle"), tmp_path / "program.py"
+    script.write_text(FAILING)
+    for name in (PLUS_NAME, MINUS_NAME):
+        (norm,) = (t for t in gguf.GGUFReader(bundle / name, "r+").tensors if t.name == "output_norm.weight")
+        norm.data[:] = np.nan
+    own = [sys.executable, "-m", "adlocal", "run", "--bundle", bundle, "--strength", 3, "--control", directory, "--"]
+    command = list(map(str, [*own, sys.executable, script, tiny_llama]))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stdout) == ["llama_decode returned -3", -1e9, 0, 1]
+    assert "NaN" in done.stderr or "not numbers" in done.stderr
 
 
 def test_the_layout_is_the_headers(tmp_path: Path) -> None:
@@ -297,6 +330,14 @@ def test_a_directory_where_others_may_write_is_refused(tmp_path: Path) -> None:
     shared.chmod(0o777)
     with pytest.raises(InputError, match="others may write there"):
         control_directory(shared)
+
+
+def test_what_no_sequence_can_be_asked_for_is_refused(start: Start) -> None:
+    _, control = start()
+    with pytest.raises(InputError, match="mode='none': give one of off, observe, protect"):
+        control.ask(0, Settings(), "none")
+    with pytest.raises(InputError, match="seq_id=256: give one from 0 to 255"):
+        control.ask(256, Settings())
 
 
 def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:

@@ -79,7 +79,11 @@ def test_what_it_says_is_protected(
     """One request after the other, and four at once; at strength 0 the plain server's tokens."""
 
     def said(server: Server) -> list[list[int]]:
-        return server.tokens_at_once(PROMPTS) if n_parallel > 1 else [server.tokens(prompt) for prompt in PROMPTS]
+        return (
+            server.complete_at_once(PROMPTS, N)
+            if n_parallel > 1
+            else [server.complete(prompt, N) for prompt in PROMPTS]
+        )
 
     with plain(tiny_llama, tmp_path / "plain.log", n_parallel=n_parallel, n_ctx=256 * n_parallel) as server:
         unprotected = said(server)
@@ -97,7 +101,7 @@ def test_what_it_says_is_protected(
 def test_four_requests_share_the_context_by_default(engine: Engine, drop_in_says: dict[float, list[list[int]]]) -> None:
     with engine("--strength", STRENGTH) as server:
         assert server.ask("/props")["total_slots"] == 4
-        assert server.tokens_at_once(PROMPTS) == drop_in_says[STRENGTH]
+        assert server.complete_at_once(PROMPTS, N) == drop_in_says[STRENGTH]
 
 
 @pytest.mark.server
@@ -108,11 +112,11 @@ def test_a_slot_that_is_saved_goes_on_under_protection(
     (tmp_path / "slots").mkdir()
     with engine("--strength", STRENGTH, "-np", 1, "-c", 256, "--slot-save-path", tmp_path / "slots") as server:
         for prompt, after in zip(PROMPTS[:2], drop_in_says[STRENGTH], strict=False):
-            assert server.tokens(prompt) == after
+            assert server.complete(prompt, N) == after
             assert server.ask("/slots/0?action=save", {"filename": "first"})["n_saved"] > len(prompt)
-            server.tokens(PROMPTS[2])
+            server.complete(PROMPTS[2], N)
             assert server.ask("/slots/0?action=restore", {"filename": "first"})["n_restored"] > len(prompt)
-            assert server.tokens(prompt) == after
+            assert server.complete(prompt, N) == after
     assert [path.name for path in (tmp_path / "slots").iterdir()] == ["first"]
 
 
@@ -130,7 +134,7 @@ def test_a_grammar_that_refuses_the_first_choice(
         ]
     assert within != drop_in_says[STRENGTH]
     with engine("--strength", STRENGTH, "-np", 1, "-c", 256) as server:
-        assert [server.tokens(prompt, grammar=letters) for prompt in PROMPTS] == within
+        assert [server.complete(prompt, N, grammar=letters) for prompt in PROMPTS] == within
 
 
 def drop_in(teacher: Path, bundle: Path) -> AntidistillationLlama:
@@ -148,7 +152,7 @@ def test_its_control_file_counts_every_row(engine: Engine, tmp_path: Path) -> No
     with engine("--strength", STRENGTH, "-np", 1, "-c", 256, "--control", tmp_path / "control") as server:
         (control,) = controls(tmp_path / "control")
         before = control.counters()  # the server has tried its context
-        said = [server.tokens(prompt) for prompt in PROMPTS]
+        said = [server.complete(prompt, N) for prompt in PROMPTS]
         found, in_force = control.counters() - before, control.in_force(0)
         assert control.pid == server.process.pid
         assert (in_force.strength, in_force.mode) == (STRENGTH, "protect")
@@ -169,7 +173,7 @@ def test_drafts_are_verified_by_what_is_protected(
     named = ["-md", draft, "--spec-draft-n-max", 4, "--spec-draft-p-min", 0] if kind == "draft-simple" else []
     for strength in (0, STRENGTH):
         with engine("--strength", strength, "-np", 1, "-c", 256, "--spec-type", kind, *named) as server:
-            assert [server.tokens(prompt) for prompt in PROMPTS] == drop_in_says[strength]
+            assert [server.complete(prompt, N) for prompt in PROMPTS] == drop_in_says[strength]
             if named:
                 drafted = server.ask("/completion", {"prompt": PROMPTS[0], "n_predict": 16, "temperature": 0})
                 assert drafted["timings"]["draft_n"] > 0
@@ -285,9 +289,9 @@ def test_adapters_of_the_teacher(engine: Engine, adapter: Path, drop_in_says: di
     """At their scales, which a request may change. What the server has cached is from before, so it is not used."""
     with engine("--strength", 0, "-np", 1, "-c", 256, "--lora", adapter, "--lora-scaled", f"{adapter}:40.5") as server:
         assert [each["scale"] for each in server.ask("/lora-adapters")] == [1.0, 40.5]
-        assert [server.tokens(prompt, cache_prompt=False) for prompt in PROMPTS] != drop_in_says[0.0]
+        assert [server.complete(prompt, N, cache_prompt=False) for prompt in PROMPTS] != drop_in_says[0.0]
         server.ask("/lora-adapters", [{"id": 0, "scale": 0.0}, {"id": 1, "scale": 0.0}])
-        assert [server.tokens(prompt, cache_prompt=False) for prompt in PROMPTS] == drop_in_says[0.0]
+        assert [server.complete(prompt, N, cache_prompt=False) for prompt in PROMPTS] == drop_in_says[0.0]
 
 
 @pytest.mark.server

@@ -41,7 +41,8 @@ def test_no_request_gets_an_unadjusted_row(tiny_llama: Path, tiny_bundle: Path, 
         control = control_of(running, directory)
         counters = control.counters()
         assert 0 < barrage.n_tokens <= counters.n_rows
-        assert 0 < counters.n_choices == counters.n_evaluated
+        assert counters.n_rows == counters.n_choices == counters.n_evaluated, "this teacher is sure of nothing"
+        assert counters.kl > 0.1 * counters.n_rows, "rows were evaluated and not changed"
         assert counters.n_closed == 0
         in_force = [control.in_force(seq_id) for seq_id in control.begun()]
         assert {(each.strength, each.guard, each.mode) for each in in_force} == {(3.0, 0.05, "protect")}

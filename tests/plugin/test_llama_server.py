@@ -31,7 +31,8 @@ from adlocal_convert.options import Options
 from adlocal_convert.source.export import export_directory
 from llama_server import server, source
 from support import families, tiny
-from support.llama_server import N_CTX, Refused, Server
+from support.client import Refused
+from support.llama_server import N_CTX, Server
 from support.paths import ROOT
 from support.recurrent import write_mamba
 

@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from llama_server import server
+
+from .client import Client, Refused
 
 #: Threads and batches as the drop-in has them, nothing on a device, nothing from a network.
 HOW = ("-t", 1, "-tb", 1, "-ngl", 0, "--no-warmup", "--offline", "--no-ui")
 N_CTX = 256
-START_SECONDS, ASK_SECONDS = 60, 100
+START_SECONDS = 60
 
 
-class Refused(Exception):
-    """The server answered with an error.
-
-    Attributes:
-        status: of HTTP.
-    """
-
-    def __init__(self, status: int, body: str) -> None:
-        super().__init__(f"{status}: {body}")
-        self.status = status
-
-
-class Server:
+class Server(Client):
     """One llama-server, from the `with` to its end.
 
     Args:
@@ -56,6 +41,7 @@ class Server:
         log: Path,
     ) -> None:
         self.port = free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
         own = [sys.executable, "-m", "adlocal", "run", "--bundle", bundle, *options, "--"] if bundle else []
         slots = ("-c", N_CTX * n_parallel, "-np", n_parallel)
         self.command = [*own, server(), *HOW, *slots, "--host", "127.0.0.1", "--port", self.port, *arguments]
@@ -101,58 +87,11 @@ class Server:
             if self.process.poll() is not None:
                 raise AssertionError(f"ended with status {self.process.returncode}:\n{self.said()[-3000:]}")
             try:
-                self.get("/health")
+                self.ask("/health")
                 return
             except (OSError, Refused):  # it does not listen yet, or loads
                 time.sleep(0.05)
         raise AssertionError(f"does not answer after {START_SECONDS} s:\n{self.said()[-3000:]}")
-
-    def get(self, path: str) -> Any:
-        return json.loads(self._open(urllib.request.Request(self._url(path))))
-
-    def ask(self, path: str, body: dict[str, Any]) -> Any:
-        """Posts and gives the answer.
-
-        Raises:
-            Refused: it is an error.
-        """
-        return json.loads(self._open(self._posted(path, body)))
-
-    def stream(self, path: str, body: dict[str, Any]) -> Iterator[Any]:
-        """Posts and gives the parts of the answer, as they come."""
-        for line in self._open(self._posted(path, {**body, "stream": True})).decode().splitlines():
-            if line.startswith("data: ") and line != "data: [DONE]":
-                yield json.loads(line.removeprefix("data: "))
-
-    def complete(self, prompt: Sequence[int], n: int, **parameters: Any) -> list[int]:
-        """The tokens that follow a prompt, greedily unless the parameters say otherwise."""
-        tokens: list[int] = self.answer(prompt, n, **parameters)["tokens"]
-        return tokens
-
-    def answer(self, prompt: Sequence[int], n: int, **parameters: Any) -> Any:
-        """The whole answer to a prompt."""
-        body = {"prompt": list(prompt), "n_predict": n, "temperature": 0, "return_tokens": True, **parameters}
-        return self.ask("/completion", body)
-
-    def complete_at_once(self, prompts: Sequence[Sequence[int]], n: int, **parameters: Any) -> list[list[int]]:
-        """The tokens that follow each prompt, asked for in threads of their own."""
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            return list(pool.map(lambda prompt: self.complete(prompt, n, **parameters), prompts))
-
-    def _url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
-
-    def _posted(self, path: str, body: dict[str, Any]) -> urllib.request.Request:
-        headers = {"Content-Type": "application/json"}
-        return urllib.request.Request(self._url(path), json.dumps(body).encode(), headers)
-
-    def _open(self, request: urllib.request.Request) -> bytes:
-        try:
-            with urllib.request.urlopen(request, timeout=ASK_SECONDS) as response:
-                content: bytes = response.read()
-                return content
-        except urllib.error.HTTPError as error:
-            raise Refused(error.code, error.read().decode(errors="replace")) from error
 
 
 def free_port() -> int:
