@@ -6,15 +6,22 @@
 //
 // Another program may change the settings of a sequence:
 //
-//     s->epoch |= 1;  s->strength = ...; s->guard = ...; s->mode = ...;  s->epoch += 1;      in this order
+//     s->epoch |= 1;  s->strength = ...; and the others;  s->epoch += 1;      in this order
 //
-// They are read when the sequence begins: when it is first decoded after its memory was cleared, or after more was cut off than
-// its last batch, and when a prompt follows what was sampled. From then on it keeps them: what is left of a request that was
-// cancelled is protected as that request was. A sequence that is copied takes its settings along.
+// They are read when the sequence begins: when it is first decoded after its memory was cleared, after more was cut off than
+// its last batch, after a state was restored that does not merely take back a draft, after the program called llama_set_sampler
+// for it (llama-server does between any two requests), and when a prompt follows what was sampled. From then on it keeps them:
+// what is left of a request that was cancelled is protected as that request was. A sequence that is copied takes its settings
+// along. In a program that never calls llama_set_sampler, a request that adds a single token to what the sequence holds cannot
+// be told from one that goes on, and keeps the settings of the one before.
 //
 // No file lowers protection. A sequence is given what it asks for where that is more than the program was started with (the
 // `floor`), a higher strength or a lower guard, and the floor otherwise. Settings that are no numbers, or that somebody began
 // to write and never finished, close the rows of their sequence.
+//
+// A sequence may be kept from reasoning (`think_state`): two tokens, those that begin and end it, are then −inf in its rows,
+// whatever else is done to them and at whatever strength. A token is sampled that comes after the request's first row; a prompt
+// is decoded without rows but for its last token. Tokens that are cut off again, as drafts are, were never sampled.
 //
 // Fields are of one machine: its byte order, its alignment.
 
@@ -28,24 +35,34 @@ extern "C" {
 #endif
 
 #define ADL_CONTROL_MAGIC     "adlctrl" // and its 0
-#define ADL_CONTROL_VERSION   1
+#define ADL_CONTROL_VERSION   2
 #define ADL_CONTROL_N_SEQ_MAX 256 // as many as llama.cpp has
 
-struct adl_control_settings {
-    uint64_t epoch;    // 0: never written, which asks for nothing; odd: being written
-    double   strength; // nats
-    double   guard;    // share of the top token's probability, 0 to 1
-    int32_t  mode;     // enum adl_mode
-    int32_t  reserved;
+enum adl_think_state {
+    ADL_THINK_ALLOWED = 0, // nothing is banned
+    ADL_THINK_ONCE    = 1, // both tokens are, after the first `think_close` that was sampled
+    ADL_THINK_NEVER   = 2, // both are, in every row
 };
 
-// What has become of a sequence since the program began; numbers only grow.
+struct adl_control_settings {
+    uint64_t epoch;       // 0: never written, which asks for nothing; odd: being written
+    double   strength;    // nats
+    double   guard;       // share of the top token's probability, 0 to 1
+    int32_t  mode;        // enum adl_mode
+    int32_t  think_open;  // the token that begins reasoning; −1 for none
+    int32_t  think_close; // the one that ends it; −1 for none, which makes no sense with ADL_THINK_ONCE
+    int32_t  think_state; // enum adl_think_state
+};
+
+// What has become of a sequence since the program began; numbers only grow. `n_decoded` grows when a decode has ended well, by all
+// of its batch: a long prompt comes in batches. Contexts of one program have their sequences in common here.
 struct adl_control_counters {
     uint64_t n_begun;     // how often its settings were read
+    uint64_t n_decoded;   // tokens that the program has decoded for it: of prompts, sampled, and drafted
     uint64_t n_rows;      // rows that the program could sample from, those of drafts too
     uint64_t n_choices;   // of these, where at least two tokens passed the guard
     uint64_t n_evaluated; // of these, where the pair was evaluated
-    uint64_t n_closed;    // rows that were closed instead: Δ could not be computed, or the settings made no sense
+    uint64_t n_closed;    // rows that were closed instead: Δ could not be computed, the settings made no sense, or all was banned
     uint64_t n_dosed;     // tokens that came back after a row that has doses
     double   kl;          // KL(adjusted ‖ teacher), summed over rows, nats
     double   dose;        // summed over `n_dosed` tokens
@@ -67,6 +84,8 @@ struct adl_control {
     char                        program[64];  // its short name
     char                        bundle[1024]; // directory
     struct adl_control_settings floor;
+    uint64_t                    n_decodes_begun; // calls of llama_decode, llama_encode and llama_process, on protected contexts
+    uint64_t                    n_decodes_ended; // of these, the ones that came back, with errors too; atomic, as n_decodes_begun is
     struct adl_control_sequence sequences[ADL_CONTROL_N_SEQ_MAX];
 };
 

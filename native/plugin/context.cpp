@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <set>
 
 namespace plugin {
@@ -50,7 +51,11 @@ bool Context::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
             begin(each);
         }
     }
-    return adl_lockstep_memory_seq_rm(lockstep_, seq_id, p0, p1);
+    const bool done = adl_lockstep_memory_seq_rm(lockstep_, seq_id, p0, p1);
+    for (llama_seq_id each = 0; has(each); ++each) {
+        forget(each);
+    }
+    return done;
 }
 
 void Context::seq_cp(llama_seq_id source, llama_seq_id target, llama_pos p0, llama_pos p1) {
@@ -59,6 +64,7 @@ void Context::seq_cp(llama_seq_id source, llama_seq_id target, llama_pos p0, lla
     }
     if (has(source) && has(target)) {
         sequences_[target] = sequences_[source];
+        forget(target);
         Process::get().control().copy(source, target);
     }
 }
@@ -76,6 +82,29 @@ void Context::begin(llama_seq_id seq_id) {
     if (has(seq_id)) {
         sequences_[seq_id] = {};
     }
+}
+
+bool Context::takes_back(llama_seq_id seq_id, const std::vector<llama_token> & tokens, const std::vector<llama_pos> & pos) const {
+    if (!has(seq_id) || !sequences_[seq_id].has_rows || pos.empty() || pos.back() + 1 != sequences_[seq_id].draft) {
+        return false;
+    }
+    std::vector<llama_token> held(adl_lockstep_get_tokens(lockstep_, seq_id, nullptr, nullptr, 0));
+    adl_lockstep_get_tokens(lockstep_, seq_id, held.data(), nullptr, held.size());
+    const bool was_draft = held.size() > tokens.size() + 1; // not what was sampled alone
+    return was_draft && std::equal(tokens.begin(), tokens.end(), held.begin());
+}
+
+void Context::restored(llama_seq_id seq_id, bool took_back) {
+    if (took_back) {
+        forget(seq_id);
+    } else {
+        begin(seq_id);
+    }
+}
+
+// Of a request's progress, what the memory does not hold.
+void Context::forget(llama_seq_id seq_id) {
+    sequences_[seq_id].progress.cut(pos_max(seq_id) + 1);
 }
 
 // Nothing where the lockstep will refuse the batch.
@@ -120,7 +149,7 @@ const Latched * Context::latched(llama_seq_id seq_id) {
     }
     auto & latched = sequences_[seq_id].latched;
     if (!latched) {
-        latched = Process::get().control().latch(seq_id);
+        latched = Process::get().control().latch(seq_id, static_cast<int32_t>(closed_.size()));
     }
     return &*latched;
 }
@@ -146,13 +175,53 @@ Context::Asked Context::ask(const Tokens & tokens) {
             }
         }
     }
+    ask_bans(tokens, asked);
     return asked;
+}
+
+// A row of several sequences is banned what one of them is. Drafts follow a token of the same batch.
+void Context::ask_bans(const Tokens & tokens, Asked & asked) {
+    for (const adl::Entry & token : tokens) {
+        for (const llama_seq_id seq_id : token.seq_ids) {
+            if (const Latched * each = latched(seq_id)) {
+                Progress & progress = asked.progress.try_emplace(seq_id, sequences_[seq_id].progress).first->second;
+                progress.decoded(each->think, token.pos, token.token, token.row >= 0);
+            }
+        }
+    }
+    for (const adl::Entry & token : tokens) {
+        for (const llama_seq_id seq_id : token.seq_ids) {
+            const Latched * each = latched(seq_id);
+            if (token.row >= 0 && each && asked.progress.at(seq_id).bans(each->think, token.pos)) {
+                asked.bans.push_back({token.row, each->think});
+            }
+        }
+    }
 }
 
 void Context::close(const Asked & asked) const {
     float * const logits = asked.closed.empty() ? nullptr : real().table.llama_get_logits(context_);
     for (const int32_t row : asked.closed) {
         std::copy(closed_.begin(), closed_.end(), logits + static_cast<size_t>(row) * closed_.size());
+    }
+}
+
+// After the adjustment, which gives nothing back then.
+void Context::ban(const Asked & asked, std::vector<adl_row_result> & results) const {
+    constexpr float NEVER  = -std::numeric_limits<float>::infinity();
+    float * const   logits = asked.bans.empty() ? nullptr : real().table.llama_get_logits(context_);
+    for (const auto & [row, think] : asked.bans) {
+        float * const begin = logits + static_cast<size_t>(row) * closed_.size();
+        float * const end   = begin + closed_.size();
+        for (const llama_token token : {think.open, think.close}) {
+            if (token != LLAMA_TOKEN_NULL) {
+                begin[token] = NEVER;
+            }
+        }
+        if (std::all_of(begin, end, [](float logit) { return logit == NEVER; })) {
+            std::copy(closed_.begin(), closed_.end(), begin);
+            results[static_cast<size_t>(row)].closed = true;
+        }
     }
 }
 
@@ -175,6 +244,9 @@ void Context::count_doses(const Tokens & next) const {
 // Where the pair failed for one of them, none of a step's rows was shown.
 void Context::count(const Tokens & tokens, const std::vector<adl_row_result> & results, bool shown) const {
     for (const adl::Entry & token : tokens) {
+        for (const llama_seq_id seq_id : token.seq_ids) {
+            ++Process::get().control().counters(seq_id).n_decoded;
+        }
         if (token.row < 0) {
             continue;
         }

@@ -7,7 +7,9 @@
 #include "control.hpp"
 #include "llama.h"
 #include "rows.hpp"
+#include "think.hpp"
 
+#include <map>
 #include <optional>
 #include <vector>
 
@@ -44,6 +46,13 @@ class Context {
     // A sequence begins anew: its settings are read again when it is next decoded.
     void begin(llama_seq_id seq_id);
 
+    // Whether a state of these tokens merely takes back the last batch, a draft that was wrong: memory that cannot forget a part
+    // goes back to a state before it. To be asked before the lockstep follows.
+    bool takes_back(llama_seq_id seq_id, const std::vector<llama_token> & tokens, const std::vector<llama_pos> & pos) const;
+
+    // The lockstep has followed a state that was restored: the sequence begins anew, unless that took back a draft.
+    void restored(llama_seq_id seq_id, bool took_back);
+
     adl_pair *     pair() const { return pair_; }
     adl_lockstep * lockstep() const { return lockstep_; }
 
@@ -58,10 +67,12 @@ class Context {
         std::optional<Latched> latched;
         llama_pos              draft    = 0;     // what is cut from after here was drafted in its last batch, and wrong
         bool                   has_rows = false; // of that batch
+        Progress               progress;
     };
 
     Tokens          resolve(const llama_batch & batch) const;
     Asked           ask(const Tokens & tokens);
+    void            ask_bans(const Tokens & tokens, Asked & asked);
     const Latched * latched(llama_seq_id seq_id);
     llama_pos       pos_max(llama_seq_id seq_id) const;
     bool            has(llama_seq_id seq_id) const { return seq_id >= 0 && static_cast<size_t>(seq_id) < sequences_.size(); }
@@ -69,7 +80,9 @@ class Context {
     void            note(const Tokens & tokens);
     void            count_doses(const Tokens & next) const;
     void            count(const Tokens & tokens, const std::vector<adl_row_result> & results, bool shown) const;
+    void            forget(llama_seq_id seq_id);
     void            close(const Asked & asked) const;
+    void            ban(const Asked & asked, std::vector<adl_row_result> & results) const;
 
     llama_context * const context_;
     adl_pair *            pair_;
@@ -85,8 +98,15 @@ class Context {
 
 // The parameters of each row, and which rows are closed whatever comes out.
 struct Context::Asked {
-    std::vector<adl_row_params> params;
-    std::vector<int32_t>        closed;
+    struct Ban {
+        int32_t row;
+        Think   think;
+    };
+
+    std::vector<adl_row_params>      params;
+    std::vector<int32_t>             closed;
+    std::vector<Ban>                 bans;
+    std::map<llama_seq_id, Progress> progress; // of the batch's sequences, once it is decoded
 };
 
 template <typename Decode>
@@ -117,11 +137,16 @@ int32_t Context::step(const llama_batch & batch, Decode && decode) {
     }
     const int32_t status = decode();
     const int32_t failed = adl_lockstep_end(lockstep_, status, results.data());
+    for (const auto & [seq_id, progress] : asked.progress) { // as far as the memory holds the batch, whatever the status
+        sequences_[seq_id].progress = progress;
+        forget(seq_id);
+    }
     if (embeddings_) {
         adl_lockstep_close(lockstep_, batch.n_tokens);
     }
     if (status == 0) {
         close(asked);
+        ban(asked, results);
         count(tokens, results, failed == ADL_OK);
         note(tokens);
         rows_.decoded(std::move(tokens));

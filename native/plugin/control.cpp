@@ -36,7 +36,7 @@ bool read(const adl_control_settings & shared, adl_control_settings & out) {
     for (int look = 0; look < PATIENCE; ++look) {
         const uint64_t before = s.epoch;
         std::atomic_thread_fence(std::memory_order_acquire);
-        out = {before, s.strength, s.guard, s.mode, 0};
+        out = {before, s.strength, s.guard, s.mode, s.think_open, s.think_close, s.think_state};
         std::atomic_thread_fence(std::memory_order_acquire);
         if (before % 2 == 0 && s.epoch == before) {
             return true;
@@ -46,9 +46,18 @@ bool read(const adl_control_settings & shared, adl_control_settings & out) {
     return false;
 }
 
-bool make_sense(const adl_control_settings & s) {
+bool think_makes_sense(const adl_control_settings & s, int32_t n_vocab) {
+    const auto may_be = [n_vocab](int32_t token) { return token >= LLAMA_TOKEN_NULL && token < n_vocab; };
+    if (s.think_state == ADL_THINK_ALLOWED) {
+        return true;
+    }
+    return may_be(s.think_open) && may_be(s.think_close) &&
+           (s.think_state == ADL_THINK_NEVER || (s.think_state == ADL_THINK_ONCE && s.think_close != LLAMA_TOKEN_NULL));
+}
+
+bool make_sense(const adl_control_settings & s, int32_t n_vocab) {
     return std::isfinite(s.strength) && s.strength >= 0 && s.guard >= 0 && s.guard <= 1 && s.mode >= ADL_MODE_OFF &&
-           s.mode <= ADL_MODE_PROTECT;
+           s.mode <= ADL_MODE_PROTECT && think_makes_sense(s, n_vocab);
 }
 
 bool protects(const adl_control_settings & s) {
@@ -57,25 +66,26 @@ bool protects(const adl_control_settings & s) {
 
 // Never less than the floor.
 adl_control_settings raised(const adl_control_settings & floor, const adl_control_settings & asked) {
-    if (asked.epoch == 0 || floor.mode == ADL_MODE_OBSERVE) { // a program that only observes goes on doing so
+    if (asked.epoch == 0) {
         return floor;
     }
-    if (!protects(floor)) {
+    const bool only_observes = floor.mode == ADL_MODE_OBSERVE; // and goes on doing so
+    if (!protects(floor) && !only_observes) {
         return asked;
     }
-    adl_control_settings result = floor;
-    result.epoch                = asked.epoch;
-    if (protects(asked)) {
-        result.strength = std::max(floor.strength, asked.strength);
-        result.guard    = std::min(floor.guard, asked.guard);
-    }
+    const bool           is_more = protects(asked) && !only_observes;
+    adl_control_settings result  = asked;
+    result.strength              = is_more ? std::max(floor.strength, asked.strength) : floor.strength;
+    result.guard                 = is_more ? std::min(floor.guard, asked.guard) : floor.guard;
+    result.mode                  = floor.mode;
     return result;
 }
 
 } // namespace
 
 Control::Control(const Config & config)
-    : floor_({0, config.strength, config.guard, config.observe ? ADL_MODE_OBSERVE : ADL_MODE_PROTECT, 0}) {
+    : floor_({0, config.strength, config.guard, config.observe ? ADL_MODE_OBSERVE : ADL_MODE_PROTECT,
+              LLAMA_TOKEN_NULL, LLAMA_TOKEN_NULL, ADL_THINK_ALLOWED}) {
     const std::string unfinished = config.control_directory.empty() ? "" : map(config.control_directory);
     if (!config.control_directory.empty() && unfinished.empty()) {
         say("%s: no control file can be made there (%s); protection goes on, and `adlocal status` will not show this program",
@@ -137,11 +147,11 @@ void Control::remove_file() {
     }
 }
 
-Latched Control::latch(llama_seq_id seq_id) {
+Latched Control::latch(llama_seq_id seq_id, int32_t n_vocab) {
     adl_control_sequence & sequence = control_->sequences[seq_id];
     adl_control_settings   asked;
     const bool             whole  = read(sequence.asked, asked);
-    const bool             closed = !whole || (asked.epoch != 0 && !make_sense(asked));
+    const bool             closed = !whole || (asked.epoch != 0 && !make_sense(asked, n_vocab));
     if (closed) {
         say("control file: the settings of sequence %d are %s; its rows are closed", seq_id,
             whole ? "out of range" : "begun and not finished");
@@ -149,7 +159,8 @@ Latched Control::latch(llama_seq_id seq_id) {
     const adl_control_settings in_force = closed ? floor_ : raised(floor_, asked);
     sequence.in_force                   = in_force;
     ++sequence.counters.n_begun;
-    return {{in_force.strength, in_force.guard, in_force.mode, false}, closed};
+    const Think think = {in_force.think_open, in_force.think_close, static_cast<adl_think_state>(in_force.think_state)};
+    return {{in_force.strength, in_force.guard, in_force.mode, false}, think, closed};
 }
 
 void Control::copy(llama_seq_id source, llama_seq_id target) {

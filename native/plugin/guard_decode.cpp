@@ -7,13 +7,34 @@ using plugin::Context;
 using plugin::find;
 using plugin::real;
 
+namespace {
+
+// A call on a protected context, from here to its end.
+class Counted {
+  public:
+    Counted() { plugin::Process::get().control().decode_begins(); }
+    ~Counted() { plugin::Process::get().control().decode_ends(); }
+    Counted(const Counted &)             = delete;
+    Counted & operator=(const Counted &) = delete;
+};
+
+} // namespace
+
 ADL_GUARD int32_t llama_encode(llama_context * context, llama_batch batch) {
-    return find(context) ? -3 : real().llama_encode(context, batch); // it leaves the logits of every token
+    if (find(context) == nullptr) {
+        return real().llama_encode(context, batch);
+    }
+    const Counted counted;
+    return -3; // it leaves the logits of every token
 }
 
 ADL_GUARD int32_t llama_decode(llama_context * context, llama_batch batch) {
     Context * c = find(context);
-    return c ? c->step(batch, [&] { return real().llama_decode(context, batch); }) : real().llama_decode(context, batch);
+    if (c == nullptr) {
+        return real().llama_decode(context, batch);
+    }
+    const Counted counted;
+    return c->step(batch, [&] { return real().llama_decode(context, batch); });
 }
 
 ADL_GUARD llama_batch_ext * llama_batch_ext_init(llama_context * context) {
@@ -110,6 +131,7 @@ ADL_GUARD int32_t llama_process(llama_context * context, llama_process_type type
     if (c == nullptr) {
         return real().llama_process(context, type, batch);
     }
+    const Counted         counted;
     plugin::ShadowBatch & shadow = plugin::shadow_of(batch);
     if (type != LLAMA_PROCESS_TYPE_DECODE || !shadow.is_followed()) {
         plugin::say("the batch holds embeddings (multimodal input does), or is to be encoded: the pair cannot follow");

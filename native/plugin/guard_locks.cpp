@@ -30,9 +30,13 @@ ADL_GUARD void llama_set_causal_attn(llama_context * context, bool value) {
     real().llama_set_causal_attn(context, value);
 }
 
-// The program then samples on the CPU.
+// The program then samples on the CPU. Samplers are a request's: who sets one, or takes one away, begins the next request.
 ADL_GUARD bool llama_set_sampler(llama_context * context, llama_seq_id seq_id, llama_sampler * sampler) {
-    return find(context) == nullptr && !is_shut(context) && real().llama_set_sampler(context, seq_id, sampler);
+    if (Context * c = find(context)) {
+        c->begin(seq_id);
+        return false;
+    }
+    return !is_shut(context) && real().llama_set_sampler(context, seq_id, sampler);
 }
 
 ADL_GUARD float * llama_get_logits(llama_context * context) {

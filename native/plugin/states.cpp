@@ -83,11 +83,14 @@ bool apply(Context & context, const uint8_t * state, size_t size, llama_seq_id t
         }
         std::vector<llama_token> tokens(n);
         std::vector<llama_pos>   pos(n);
-        if (!take(from, end, tokens.data(), n * sizeof(llama_token)) || !take(from, end, pos.data(), n * sizeof(llama_pos)) ||
-            adl_lockstep_restore(context.lockstep(), seq_id, tokens.data(), pos.data(), n, 0) != ADL_OK) {
+        if (!take(from, end, tokens.data(), n * sizeof(llama_token)) || !take(from, end, pos.data(), n * sizeof(llama_pos))) {
             return false;
         }
-        context.begin(seq_id);
+        const bool takes_back = context.takes_back(seq_id, tokens, pos);
+        if (adl_lockstep_restore(context.lockstep(), seq_id, tokens.data(), pos.data(), n, 0) != ADL_OK) {
+            return false;
+        }
+        context.restored(seq_id, takes_back);
     }
     return true;
 }
