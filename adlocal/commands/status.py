@@ -46,6 +46,7 @@ def as_json(control: Control) -> dict[str, Any]:
         "started": control.started,
         "control": str(control.path),
         "floor": asdict(control.floor),
+        "decodes": asdict(control.decodes()),
         "total": asdict(control.counters()),
         "sequences": {
             str(seq_id): {"in_force": asdict(control.in_force(seq_id)), **asdict(control.counters(seq_id))}

@@ -11,9 +11,12 @@ from pathlib import Path
 from ..errors import InputError
 from ..settings import Settings
 
-MAGIC, VERSION, N_SEQ_MAX = b"adlctrl", 1, 256
+MAGIC, VERSION, N_SEQ_MAX = b"adlctrl", 2, 256
 #: By their numbers in enum adl_mode.
 MODES = ("off", "observe", "protect")
+#: enum adl_think_state.
+_THINK_ALLOWED, _THINK_ONCE, _THINK_NEVER = range(3)
+_NO_TOKEN = -1
 
 
 class _Settings(ctypes.Structure):
@@ -22,13 +25,15 @@ class _Settings(ctypes.Structure):
         ("strength", ctypes.c_double),
         ("guard", ctypes.c_double),
         ("mode", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("think_open", ctypes.c_int32),
+        ("think_close", ctypes.c_int32),
+        ("think_state", ctypes.c_int32),
     ]
 
 
 class _Counters(ctypes.Structure):
     _fields_ = [
-        *((f"n_{name}", ctypes.c_uint64) for name in ("begun", "rows", "choices", "evaluated", "closed", "dosed")),
+        *((f"n_{name}", ctypes.c_uint64) for name in ("begun", "decoded", "rows", "choices", "evaluated", "closed", "dosed")),
         ("kl", ctypes.c_double),
         ("dose", ctypes.c_double),
     ]
@@ -49,8 +54,25 @@ class _File(ctypes.Structure):
         ("program", ctypes.c_char * 64),
         ("bundle", ctypes.c_char * 1024),
         ("floor", _Settings),
+        ("n_decodes_begun", ctypes.c_uint64),
+        ("n_decodes_ended", ctypes.c_uint64),
         ("sequences", _Sequence * N_SEQ_MAX),
     ]
+
+
+@dataclass(frozen=True)
+class Think:
+    """A ban of the tokens that begin and end reasoning: their logits are −inf, at any strength.
+
+    Attributes:
+        open: the token that begins reasoning; None where no single one does.
+        close: the token that ends it; None where no single one does.
+        from_start: they are banned in every row; otherwise once the request has sampled `close` itself, and not before.
+    """
+
+    open: int | None
+    close: int | None
+    from_start: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,12 +84,29 @@ class InForce:
         guard: share of the top token's probability.
         mode: "off", "observe" or "protect".
         epoch: of the settings that were asked for; 0 where nobody asked.
+        think: the ban of its reasoning tokens; None for none.
     """
 
     strength: float
     guard: float
     mode: str
     epoch: int
+    think: Think | None = None
+
+
+@dataclass(frozen=True)
+class Decodes:
+    """A program's calls of llama_decode, llama_encode and llama_process on what is protected, since it began.
+
+    One is under way while `begun` is greater than `ended`.
+
+    Attributes:
+        begun: calls that were made.
+        ended: of these, the ones that came back, with errors too.
+    """
+
+    begun: int
+    ended: int
 
 
 @dataclass(frozen=True)
@@ -76,16 +115,18 @@ class Counters:
 
     Attributes:
         n_begun: how often its settings were read, which is when a request begins.
+        n_decoded: tokens decoded for it, of prompts, sampled and drafted; a batch's when its decode ends.
         n_rows: rows that could be sampled from, those of drafts too.
         n_choices: of these, where at least two tokens passed the guard.
         n_evaluated: of these, where the pair was evaluated.
-        n_closed: rows that were closed, because Δ could not be computed or the settings made no sense.
+        n_closed: rows that were closed, because Δ could not be computed, the settings made no sense, or all was banned.
         n_dosed: tokens that came back after a row with doses.
         kl: KL(adjusted ‖ teacher), summed over rows, nats.
         dose: summed over `n_dosed` tokens.
     """
 
     n_begun: int = 0
+    n_decoded: int = 0
     n_rows: int = 0
     n_choices: int = 0
     n_evaluated: int = 0
@@ -147,19 +188,22 @@ class Control:
             )
         return cls(path, file)
 
-    def ask(self, seq_id: int, settings: Settings, mode: str = "protect") -> int:
+    def ask(self, seq_id: int, settings: Settings, mode: str = "protect", think: Think | None = None) -> int:
         """Asks for settings that the sequence is given when it next begins; returns their epoch.
 
-        The program never gives less than it was started with.
+        The program never gives less than it was started with. `think` bans reasoning tokens whatever the mode; None
+        bans nothing.
 
         Raises:
-            InputError: there is no such sequence, or no such mode.
+            InputError: there is no such sequence, no such mode, or nothing that the ban could begin with.
         """
         if mode not in MODES:
             raise InputError(f"mode={mode!r}: give one of {', '.join(MODES)}")
+        banned = _as_written(think)
         asked = self._sequence(seq_id).asked
         asked.epoch |= 1
         asked.strength, asked.guard, asked.mode = settings.strength, settings.guard, MODES.index(mode)
+        asked.think_open, asked.think_close, asked.think_state = banned
         asked.epoch += 1
         return int(asked.epoch)
 
@@ -182,6 +226,11 @@ class Control:
         counters = self._sequence(seq_id).counters
         return Counters(*(getattr(counters, name) for name, *_ in _Counters._fields_))
 
+    def decodes(self) -> Decodes:
+        """How many calls have begun and ended, of all sequences together."""
+        ended = int(self._file.n_decodes_ended)  # first: more may begin and end in between
+        return Decodes(int(self._file.n_decodes_begun), ended)
+
     def begun(self) -> list[int]:
         """The sequences that have ever begun."""
         return [seq_id for seq_id in range(N_SEQ_MAX) if self._file.sequences[seq_id].counters.n_begun]
@@ -195,4 +244,23 @@ class Control:
 
 def _in_force(settings: _Settings) -> InForce:
     mode = MODES[settings.mode] if settings.mode in range(len(MODES)) else str(settings.mode)
-    return InForce(settings.strength, settings.guard, mode, int(settings.epoch))
+    return InForce(settings.strength, settings.guard, mode, int(settings.epoch), _as_read(settings))
+
+
+def _as_written(think: Think | None) -> tuple[int, int, int]:
+    if think is None:
+        return _NO_TOKEN, _NO_TOKEN, _THINK_ALLOWED
+    if think.close is None and not think.from_start:
+        raise InputError("close=None: give the token that ends reasoning, or from_start=True")
+    for token in (think.open, think.close):
+        if token is not None and token < 0:
+            raise InputError(f"{token}: give a token's id, or None for none")
+    tokens = [_NO_TOKEN if token is None else token for token in (think.open, think.close)]
+    return tokens[0], tokens[1], _THINK_NEVER if think.from_start else _THINK_ONCE
+
+
+def _as_read(settings: _Settings) -> Think | None:
+    if settings.think_state not in (_THINK_ONCE, _THINK_NEVER):
+        return None
+    tokens = [None if token < 0 else int(token) for token in (settings.think_open, settings.think_close)]
+    return Think(tokens[0], tokens[1], from_start=settings.think_state == _THINK_NEVER)

@@ -89,7 +89,8 @@ bool Context::takes_back(llama_seq_id seq_id, const std::vector<llama_token> & t
         return false;
     }
     std::vector<llama_token> held(adl_lockstep_get_tokens(lockstep_, seq_id, nullptr, nullptr, 0));
-    adl_lockstep_get_tokens(lockstep_, seq_id, held.data(), nullptr, held.size());
+    std::vector<llama_pos>   held_pos(held.size());
+    adl_lockstep_get_tokens(lockstep_, seq_id, held.data(), held_pos.data(), held.size());
     const bool was_draft = held.size() > tokens.size() + 1; // not what was sampled alone
     return was_draft && std::equal(tokens.begin(), tokens.end(), held.begin());
 }

@@ -191,6 +191,7 @@ def test_the_floor_in_the_file_is_for_show(start: Start, drop_in: DropIn) -> Non
         ("strength", -1.0, "out of range"),
         ("guard", 2.0, "out of range"),
         ("mode", 7, "out of range"),
+        ("think_state", 3, "out of range"),
         ("epoch", 3, "begun and not finished"),
     ],
 )
@@ -294,7 +295,7 @@ def test_status_shows_the_programs_that_live(start: Start, directory: Path, tiny
     program.ask(PROMPT)
     (found,) = json.loads(cli("status", "--control", directory, "--json").out)
     assert (found["pid"], found["bundle"]) == (program.process.pid, str(tiny_bundle.resolve()))
-    assert found["floor"] == {"strength": 3.0, "guard": GUARD, "mode": "protect", "epoch": 0}
+    assert found["floor"] == {"strength": 3.0, "guard": GUARD, "mode": "protect", "epoch": 0, "think": None}
     assert found["total"]["n_rows"] == found["sequences"]["0"]["n_rows"] == N + 1
     table = cli("status", "--control", directory).out.splitlines()
     assert [line.split()[0] for line in table[1:]] == [str(program.process.pid), "0"]
@@ -343,7 +344,7 @@ def test_what_no_sequence_can_be_asked_for_is_refused(start: Start) -> None:
 def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "1.control"
     path.write_bytes(b"adlctrl\0" + (9).to_bytes(4, "little") + bytes(ctypes.sizeof(control._File)))
-    with pytest.raises(InputError, match="a control file of version 9, and this adlocal knows version 1"):
+    with pytest.raises(InputError, match="a control file of version 9, and this adlocal knows version 2"):
         Control.open(path)
     path.write_bytes(b"something else")
     with pytest.raises(InputError, match="not a control file of adlocal"):

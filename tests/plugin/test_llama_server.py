@@ -23,14 +23,16 @@ import numpy as np
 import pytest
 from llama_cpp.llama_grammar import LlamaGrammar
 
-from adlocal import AntidistillationLlama
+from adlocal import AntidistillationLlama, Settings
 from adlocal.bundle import ADAPTER_NAME
+from adlocal.plugin import Control, Think, control_directory
 from adlocal.plugin.build import declared
 from adlocal_convert.convert import convert
 from adlocal_convert.options import Options
 from adlocal_convert.source.export import export_directory
 from llama_server import server, source
 from support import families, tiny
+from support.barrage import control_of
 from support.client import Refused
 from support.llama_server import N_CTX, Server
 from support.paths import ROOT
@@ -492,6 +494,65 @@ def test_embeddings_of_single_tokens_show_nothing(start: Start, expected: dict[f
     assert values.shape[1] == 64
     assert not values.any()
     assert running.complete(PROMPTS[1], N) == expected[STRENGTH][1]
+
+
+# The control file
+
+
+@pytest.fixture
+def controlled(start: Start, tmp_path: Path) -> Callable[..., tuple[Server, Control]]:
+    """Starts a server at strength 0 and opens its control file."""
+    directory = control_directory(tmp_path / "control")
+
+    def call(*arguments: object, **kwargs: Any) -> tuple[Server, Control]:
+        running = start(*arguments, options=("--strength", 0, "--control", directory), **kwargs)
+        return running, control_of(running, directory)
+
+    return call
+
+
+@pytest.mark.parametrize("drafts", [False, True], ids=["plain", "drafts"])
+def test_reasoning_tokens_are_banned_in_what_it_samples(
+    drafts: bool, controlled: Callable[..., tuple[Server, Control]], tiny_bundle: Path
+) -> None:
+    """Of a text that has both: from the start, or once the first close was sampled."""
+    running, control = controlled(*(drafting(tiny_bundle / "proxy-plus.gguf") if drafts else ()))
+    free = running.complete(PROMPTS[1], N)
+    close = next(token for token in free[1:] if token != free[0])
+    opened = next(token for token in free[free.index(close) + 1 :] if token != close)
+    end = free.index(close) + 1
+    for think, n_free in ((Think(opened, close), end), (Think(opened, close, from_start=True), 0)):
+        control.ask(0, Settings(0.0), think=think)
+        said = running.complete(PROMPTS[1], N)
+        assert said[:n_free] == free[:n_free]
+        assert len(said) == N
+        assert not {opened, close} & set(said[n_free:])
+        assert control.in_force(0).think == think
+    control.ask(0, Settings(0.0))
+    assert running.complete(PROMPTS[1], N) == free
+
+
+@pytest.mark.parametrize("kind", ["plain", "drafts", "recurrent", "recurrent drafts"])
+def test_every_request_begins_once(
+    kind: str, controlled: Callable[..., tuple[Server, Control]], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """One that adds the token that was sampled last, one that repeats what was said, and drafts that are taken back."""
+    model = {"model": write_mamba(tmp_path / "mamba.gguf")} if "recurrent" in kind else {}
+    drafts = drafting(tiny_bundle / "proxy-plus.gguf") if "drafts" in kind else []
+    running, control = controlled(*drafts, **model)
+    prompt, before = PROMPTS[4], control.counters(0)
+    for n in (N, N, 1, 3):
+        epoch = control.ask(0, Settings(0.0))
+        answer = running.answer(prompt, n, ignore_eos=True)
+        assert control.in_force(0).epoch == epoch
+        prompt = prompt + answer["tokens"]
+    epoch = control.ask(0, Settings(0.0))
+    running.complete(prompt[:-1], 1)
+    assert control.in_force(0).epoch == epoch
+    found = control.counters(0) - before
+    assert found.n_begun == 5
+    assert found.n_decoded >= len(prompt) - 1
+    assert control.decodes().begun == control.decodes().ended > 0
 
 
 # Programs
