@@ -33,7 +33,10 @@ class _Settings(ctypes.Structure):
 
 class _Counters(ctypes.Structure):
     _fields_ = [
-        *((f"n_{name}", ctypes.c_uint64) for name in ("begun", "decoded", "rows", "choices", "evaluated", "closed", "dosed")),
+        *(
+            (f"n_{name}", ctypes.c_uint64)
+            for name in ("begun", "decoded", "rows", "choices", "evaluated", "closed", "dosed")
+        ),
         ("kl", ctypes.c_double),
         ("dose", ctypes.c_double),
     ]

@@ -25,9 +25,9 @@ from typing import Any
 import pytest
 from llama_cpp.llama_grammar import LlamaGrammar
 
-from adlocal import AntidistillationLlama
+from adlocal import AntidistillationLlama, Settings
 from adlocal.commands.parser import make_parser
-from adlocal.plugin import controls
+from adlocal.plugin import Think, controls
 from adlocal.servers import xllamacpp_server
 from support import tiny
 from support.cli import Cli, only_line
@@ -160,6 +160,27 @@ def test_its_control_file_counts_every_row(engine: Engine, tmp_path: Path) -> No
         assert 0 < found.n_evaluated <= found.n_choices <= found.n_rows
         assert server.end() == 0
     assert controls(tmp_path / "control") == []
+
+
+@pytest.mark.server
+@on_linux
+def test_its_requests_get_what_was_asked_for_them(engine: Engine, tmp_path: Path) -> None:
+    """Each is given its own, however little it adds to what the slot holds; a ban is one of the settings."""
+    with engine("--strength", 0, "-np", 1, "-c", 256, "--control", tmp_path / "control") as server:
+        (control,) = controls(tmp_path / "control")
+        prompt, before = PROMPTS[1], control.counters(0)
+        for n in (N, 1, 3):
+            epoch = control.ask(0, Settings(0.0))
+            prompt = prompt + server.complete(prompt, n, ignore_eos=True)
+            assert control.in_force(0).epoch == epoch
+        found = control.counters(0) - before
+        assert (found.n_begun, found.n_decoded) == (3, len(prompt) - 1)
+        assert control.decodes().begun == control.decodes().ended
+        opened, *_, close = free = prompt[len(PROMPTS[1]) :][:N]
+        control.ask(0, Settings(0.0), think=Think(opened, close, from_start=True))
+        assert not {opened, close} & set(server.complete(PROMPTS[1], N))
+        control.ask(0, Settings(0.0))
+        assert server.complete(PROMPTS[1], N) == free
 
 
 @pytest.mark.server

@@ -79,7 +79,7 @@ def test_calls_are_counted_when_they_begin_and_when_they_end(driver: Driver, con
 
 
 def test_tokens_are_counted_by_the_batch(driver: Driver, control: Control) -> None:
-    """A prompt in two batches, a token with a draft that is rolled back, one token of two sequences, a batch that fails."""
+    """A prompt in two batches, a draft that is rolled back, one token of two sequences, and a batch that fails."""
     driver.decode(*((token, i, [0], False) for i, token in enumerate(PROMPT)))
     assert control.counters(0).n_decoded == len(PROMPT)
     driver.prompt(PROMPT, END)
@@ -261,7 +261,7 @@ def test_a_request_of_one_token_begins_where_a_sampler_is_set(driver: Driver, co
 
 
 def test_what_is_cut_off_drafts_begins_no_request(driver: Driver, control: Control) -> None:
-    """All of them were right, some were, none was; and cuts that cut nothing, as llama-cpp-python's before each token."""
+    """All were right, some were, none was; and cuts that cut nothing, as llama-cpp-python's before each token."""
     driver.prompt(PROMPT)
     control.ask(0, ASKED)
     pos = END
