@@ -21,7 +21,7 @@ EXCEPTIONS = sorted(
 
 def test_all_is_complete_and_sorted() -> None:
     """As httpx tests it: every public name that is no module, in one order."""
-    names = {name for name, value in vars(adlocal).items() if not name.startswith("_") and not is_module(value)}
+    names = {name for name in dir(adlocal) if not name.startswith("_") and not is_module(getattr(adlocal, name))}
     assert names - {"annotations"} | {"__version__"} == set(adlocal.__all__)
     assert adlocal.__all__ == sorted(adlocal.__all__)
 

@@ -6,12 +6,16 @@ import argparse
 import importlib
 from typing import Any, NoReturn
 
+from ..errors import AdlocalError
+from ..llamacpp.installed import llama_cpp_python
+
 
 def add_verb(verbs: Any, name: str, description: str, example: str) -> argparse.ArgumentParser:
     """A verb's parser. The module of its name in this package is imported when it runs, so that `--help` stays fast."""
 
     def handler(args: argparse.Namespace) -> None:
-        importlib.import_module(f"adlocal.commands.{name}").run(args)
+        with llama_cpp_python("this verb", AdlocalError):
+            importlib.import_module(f"adlocal.commands.{name}").run(args)
 
     parser: argparse.ArgumentParser = verbs.add_parser(
         name,

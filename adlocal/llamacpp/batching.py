@@ -10,15 +10,13 @@ Read from the llama.cpp that llama-cpp-python 0.3.36 carries, in ggml/src/ggml-c
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import llama_cpp
-
-from .gguf import TensorInfo, ggml
+from .ggml_types import GGML_TYPES
+from .gguf import TensorInfo
 
 #: (what the CPU and the build must have, types that then have a batched kernel), by `llama_print_system_info`'s names.
 _KERNELS = (
@@ -56,9 +54,9 @@ class Batching:
     def of(cls, tensors: Sequence[TensorInfo], features: frozenset[str] | None = None) -> Batching:
         """Of the tensors of a model's file; `features` are those of this CPU by default."""
         features = cpu_features() if features is None else features
-        ggml_type = _main_type(tensors)
-        batched = has_batched_kernel(_name(ggml_type), features)
-        return cls(_name(ggml_type), batched, _remedy(_bits(ggml_type), features) if batched is False else None)
+        main = GGML_TYPES[_main_type(tensors)]
+        batched = has_batched_kernel(main.name, features)
+        return cls(main.name, batched, _remedy(main.bits, features) if batched is False else None)
 
     @property
     def note(self) -> str | None:
@@ -71,7 +69,11 @@ class Batching:
 
 
 def cpu_features() -> frozenset[str]:
-    """What llama.cpp says of this CPU and of its own build."""
+    """What llama.cpp says of this CPU and of its own build; nothing where llama-cpp-python is not installed."""
+    try:
+        import llama_cpp
+    except ModuleNotFoundError:
+        return frozenset()
     return frozenset(re.findall(r"(\w+) = 1\b", llama_cpp.llama_print_system_info().decode()))
 
 
@@ -88,24 +90,10 @@ def _main_type(tensors: Sequence[TensorInfo]) -> int:
     n_weights: Counter[int] = Counter()
     for t in tensors:
         if is_tied or t.name != "token_embd.weight":
-            n_weights[t.ggml_type] += round(8 * t.n_bytes / _bits(t.ggml_type))
+            n_weights[t.ggml_type] += round(8 * t.n_bytes / GGML_TYPES[t.ggml_type].bits)
     return n_weights.most_common(1)[0][0]
 
 
 def _remedy(bits: float, features: frozenset[str]) -> str | None:
     able = [name for name in _REMEDIES if has_batched_kernel(name, features)]
     return min(able, key=lambda name: abs(_REMEDIES[name] - bits), default=None)
-
-
-_block_size, _type_size, _type_name = ggml.ggml_blck_size, ggml.ggml_type_size, ggml.ggml_type_name
-_block_size.restype, _type_size.restype, _type_name.restype = ctypes.c_int64, ctypes.c_size_t, ctypes.c_char_p
-for _function in (_block_size, _type_size, _type_name):
-    _function.argtypes = [ctypes.c_int]
-
-
-def _bits(ggml_type: int) -> float:
-    return float(8 * _type_size(ggml_type) / _block_size(ggml_type))
-
-
-def _name(ggml_type: int) -> str:
-    return str(_type_name(ggml_type).decode()).upper()

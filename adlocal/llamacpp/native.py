@@ -12,17 +12,16 @@ import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import llama_cpp
 from llama_cpp.llama_cpp import _lib as libllama
 
 from ..errors import AdlocalError, BundleError, InputError, ModelError, NativeError, ProxyError, VocabularyError
-from .gguf import InitParams, ggml
+from .ggml import InitParams, ggml
+from .installed import REMEDY, find
 
 FILE_NAME = {"win32": "adlocal.dll", "darwin": "libadlocal.dylib"}.get(sys.platform, "libadlocal.so")
-_REMEDY = "install adlocal again (`pip install .` compiles it; `make setup` in a checkout)"
 
 # enum adl_mode
 MODE_OFF, MODE_OBSERVE, MODE_PROTECT = 0, 1, 2
@@ -212,25 +211,13 @@ def library() -> Any:
             function = getattr(lib, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        raise NativeError(f"{path.name} cannot be used ({error}); {_REMEDY}") from None
+        raise NativeError(f"{path.name} cannot be used ({error}); {REMEDY}") from None
     version, ours = lib.adl_version().decode(), sys.modules["adlocal"].__version__
     if version != ours:
-        raise NativeError(f"{path.name} is of adlocal {version}, this is adlocal {ours}; {_REMEDY}")
+        raise NativeError(f"{path.name} is of adlocal {version}, this is adlocal {ours}; {REMEDY}")
     if lib.adl_llama_check(ctypes.byref(llama_table(lib))) != 0:
-        raise NativeError(f"{lib.adl_last_error().decode()}: {_REMEDY}, with the llama-cpp-python that runs it")
+        raise NativeError(f"{lib.adl_last_error().decode()}: {REMEDY}, with the llama-cpp-python that runs it")
     return lib
-
-
-def find(file_name: str) -> Path:
-    """A native library lies beside the package's modules; in an editable installation, beside where they would be.
-
-    Raises:
-        NativeError: it was not built.
-    """
-    for directory in sys.modules["adlocal"].__path__:
-        if (path := Path(directory) / file_name).exists():
-            return path
-    raise NativeError(f"the native library {file_name} is not there; {_REMEDY}")
 
 
 def llama_table(lib: Any) -> ctypes.Structure:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..errors import InputError, NativeError
 from ..files import cache_directory
-from ..llamacpp import native
+from ..llamacpp.installed import find
 
 FILE_NAME = "libadlocal-plugin.so"
 #: What the plugin that came with adlocal knows (native/src/llama_table.cpp).
@@ -54,7 +54,7 @@ def kept(version: str) -> Path:
     Raises:
         NativeError: adlocal was installed without them.
     """
-    source = native.find("native")
+    source = find("native")
     digest = hashlib.sha256()
     for path in sorted(path for path in source.rglob("*") if path.is_file()):
         digest.update(path.read_bytes())
@@ -76,7 +76,7 @@ def build(include: Path, version: str) -> Path:
         InputError: there is no llama.h, or it declares functions that adlocal does not know.
         NativeError: it cannot be compiled; nothing is kept.
     """
-    source = native.find("native")
+    source = find("native")
     _check_functions(include, source)
     target = kept(version)
     target.parent.mkdir(parents=True, exist_ok=True)

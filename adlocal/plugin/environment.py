@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..bundle import Bundle
 from ..errors import InputError
-from ..llamacpp import native
+from ..llamacpp.installed import find
 from ..settings import Settings
 from .build import ALIKE, FILE_NAME, kept, version_of
 from .directory import control_directory
@@ -59,7 +59,7 @@ def library(libllama: Path | None = None) -> Path:
             "llama-cpp-python, AntidistillationLlama in Python, or the C library"
         )
     if libllama is None or (version := version_of(libllama)) in ALIKE:
-        return native.find(FILE_NAME).resolve()
+        return find(FILE_NAME).resolve()
     if not (path := kept(version)).exists():
         raise InputError(
             f"{libllama} is llama.cpp {version}, and there is no plugin for it yet; build one with "

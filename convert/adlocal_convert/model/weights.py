@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adlocal.errors import ModelError
-from adlocal.llamacpp.gguf import ggml
+from adlocal.llamacpp.ggml import ggml
 
 Array = npt.NDArray[np.float32]
 F32 = gguf.GGMLQuantizationType.F32
