@@ -63,6 +63,7 @@ def plain(z: Row, delta: Row, lam: float, guard: float, ends: adjust.Ids) -> Row
     return z.copy()
 
 
+KINDS = ("raw", "chat")
 WAYS: dict[str, Way] = {"steered": steered, "left out": left_out, "kept": kept}
 
 
@@ -102,19 +103,22 @@ def main() -> int:
     parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 3.0, 10.0], metavar="NATS")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="beside plain")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T")
+    parser.add_argument(
+        "--as", nargs="+", choices=KINDS, default=list(KINDS), dest="kinds", help="how prompts are sent"
+    )
     args = parser.parse_args()
     with bundle(args.bundle) as directory:
         longest = 192 + args.n_predict
         with closing(Writer(demo_model(), directory, longest, Bundle.open(directory).guard)) as writer:
             print("prompts  way       strength  tokens  empty    cut  KL/token  dose/token  end/teacher's", flush=True)
-            for raw in (True, False):
-                asked = requests(writer, args.prompts, args.n_predict, raw)
+            for kind in args.kinds:
+                asked = requests(writer, args.prompts, args.n_predict, raw=kind == "raw")
                 settings = [(name, s) for s in args.strengths for name in args.ways]
                 for name, strength in [("plain", 0.0), *settings]:
                     writer.set(WAYS.get(name, plain), strength)
                     sampling = Sampling(args.temperature, top_k=0, top_p=1.0, min_p=0.0)
                     found = list(writer.generate(asked, sampling))
-                    print(line(writer, found, "raw" if raw else "chat", name), flush=True)
+                    print(line(writer, found, kind, name), flush=True)
     return 0
 
 
