@@ -1,0 +1,1 @@
+"""The gateway of `adlocal serve`: who may ask what, with how much protection, before an engine under the plugin."""
