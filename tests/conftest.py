@@ -106,10 +106,8 @@ def tiny_bundle(tiny_llama: Path, tiny_traces: Path, tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="session")
 def readable_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model whose every token is text: pairs of letters take the place of bytes beyond ASCII."""
-    pairs = ["".join(pair) for pair in itertools.product("abcdefghijkl", repeat=2)]
-    path = tmp_path_factory.mktemp("readable") / "llama.gguf"
-    return tiny.write_gguf(tiny.tiny_model(), path, tiny.CHAT_TEMPLATE, [*tiny.BYTES[:128], *pairs[:128]])
+    """A tiny model whose every token is text."""
+    return tiny.write_readable(tmp_path_factory.mktemp("readable") / "llama.gguf")
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +115,21 @@ def readable_bundle(readable_llama: Path, tiny_traces: Path) -> Path:
     """A bundle of it."""
     out = readable_llama.with_name("bundle")
     options = Options(str(readable_llama), {"traces": tiny_traces}, out, carriers=1.0, n_threads=1)
+    convert(options, lambda line: None)
+    return out
+
+
+@pytest.fixture(scope="session")
+def long_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A readable tiny model with room for long answers: 4,096 tokens."""
+    return tiny.write_readable(tmp_path_factory.mktemp("long") / "llama.gguf", max_position_embeddings=4096)
+
+
+@pytest.fixture(scope="session")
+def long_bundle(long_llama: Path, tiny_traces: Path) -> Path:
+    """A bundle of it."""
+    out = long_llama.with_name("bundle")
+    options = Options(str(long_llama), {"traces": tiny_traces}, out, carriers=1.0, n_threads=1)
     convert(options, lambda line: None)
     return out
 

@@ -29,6 +29,7 @@ LAYERS: dict[str, Layers] = {
         ("__main__",),
         ("cli",),
         ("commands",),
+        ("serve",),
         ("servers",),
         ("calibrate", "plugin", ""),  # the package itself: its public names
         ("llama", "score"),

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import AdlocalError, InputError
 from ..llamacpp.gguf import GGUFHeader
 from ..plugin import Protection, check_program, environment, proxies_bytes
-from ..servers import llama_cpp_server, xllamacpp_server
+from ..servers import xllamacpp_server
 from ..servers.addresses import listen
 from .run import protection_of
 from .server_arguments import DRAFT, LLAMA_CPP_PYTHON, given
@@ -30,18 +30,20 @@ def run(args: argparse.Namespace) -> None:
     GGUFHeader(values["model.path"])
     protection = protection_of(args, values["model.path"])
     if args.engine == LLAMA_CPP_PYTHON:
-        _check_known(args, values)
-        llama_cpp_server.serve(protection, values)
+        _serve_llama_cpp_python(args, protection, values)
     else:
         _become_xllamacpp(_with_draft(protection, values), values)
 
 
-def _check_known(args: argparse.Namespace, values: Mapping[str, Any]) -> None:
+def _serve_llama_cpp_python(args: argparse.Namespace, protection: Protection, values: Mapping[str, Any]) -> None:
+    from ..servers import llama_cpp_server  # which loads llama-cpp-python
+
     unknown = [args.flags[path] for path in values if path not in llama_cpp_server.KNOWN]
     of_the_plugin = {"--observe": args.observe, "--allow-model": args.allow_model, "--control": args.control}
     unknown += [flag for flag, value in of_the_plugin.items() if value]
     if unknown:
         raise InputError(f"{', '.join(unknown)}: not with --engine {LLAMA_CPP_PYTHON}; leave it out")
+    llama_cpp_server.serve(protection, values)
 
 
 def _with_draft(protection: Protection, values: Mapping[str, Any]) -> Protection:

@@ -12,7 +12,9 @@ from ..bundle.choices import BALANCED, PARAMS, QUALITIES
 from ..settings import DEFAULT_GUARD
 from .arguments import add_protected, add_protection, add_runtime, add_sampling, count, eps, seed, temperature
 from .program_verbs import add_engine, add_plugin, add_run, add_status
+from .serve_verbs import add_keys, add_serve
 from .verb import Parser, add_verb
+from .watch_verbs import add_watch
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -31,6 +33,9 @@ def make_parser() -> argparse.ArgumentParser:
         _add_score,
         add_run,
         add_engine,
+        add_serve,
+        add_keys,
+        add_watch,
         add_status,
         add_plugin,
         _add_bench,

@@ -27,6 +27,7 @@ _PREFIX = "params."
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 _FLASH_ATTENTION = {"on": "ENABLED", "off": "DISABLED", "auto": "AUTO"}
 _SPECULATIVE = ("draft-simple", "ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod")
+_POOLING = ("mean", "cls", "last")
 _REASONING = ("auto", "none", "deepseek", "deepseek-legacy")
 
 
@@ -155,6 +156,9 @@ def _add_requests(add: _Add) -> None:
     add("--chat-template-kwargs", to="default_template_kwargs", type=_template_kwargs, metavar="JSON")
     add("--jinja", to="use_jinja", action="store_const", const=True, help="it is on by default")
     add("--no-jinja", to="use_jinja", action="store_const", const=False)
+    add("--embeddings", to="embedding", action="store_const", const=True, help="answer /v1/embeddings as well")
+    add("--pooling", to="pooling_type", type=_pooling, metavar="|".join(_POOLING), help="of embeddings")
+    add("--no-prefill-assistant", to="prefill_assistant", action="store_const", const=False)
     add("--reasoning-format", to="reasoning_format", type=_reasoning, metavar="|".join(_REASONING))
 
 
@@ -231,6 +235,10 @@ def _flash_attention(text: str) -> str:
 
 def _cache_type(text: str) -> str:
     return f"GGML_TYPE_{_one_of(text, _CACHE_TYPES).upper()}"
+
+
+def _pooling(text: str) -> str:
+    return f"LLAMA_POOLING_TYPE_{_one_of(text, _POOLING).upper()}"
 
 
 def _reasoning(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 
 from ..errors import InputError
@@ -26,3 +27,13 @@ def listen(host: str, port: int) -> socket.socket:
             remedy = "give another one, or 0 for a free one"
             raise InputError(f"--port {port}: another program listens at {host}:{port}; {remedy}") from None
         raise InputError(f"--host {host}: nothing can listen at {host}:{port} here ({error.strerror})") from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -26,6 +26,7 @@ VARIABLE = "ADLOCAL_ENGINE"
 _ENUMERATIONS = {
     "cache_type_k": "ggml_type",
     "cache_type_v": "ggml_type",
+    "pooling_type": "llama_pooling_type",
     "flash_attn_type": "llama_flash_attn_type",
     "reasoning_format": "common_reasoning_format",
     "types": "common_speculative_type",

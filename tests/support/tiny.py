@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import transformers
 _PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]  # what gpt2's vocabulary writes as itself
 _OTHERS = [i for i in range(256) if i not in _PRINTED]
 BYTES = [chr(i) if i in _PRINTED else chr(256 + _OTHERS.index(i)) for i in range(256)]
-BOS, EOS = 256, 257
+BOS, EOS, N_PIECES = 256, 257, 258
 N_VOCAB = 264
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
@@ -53,10 +55,12 @@ def write_gguf(
     chat_template: str | None = None,
     pieces: list[str] | None = None,
     sampling: dict[str, float] | None = None,
+    tags: Sequence[str] = (),
 ) -> Path:
     """Writes a transformers model as an F32 GGUF with a byte vocabulary (gpt2 tokenizer without merges).
 
-    `sampling` is what the model recommends, by llama.cpp's keys after `general.sampling.`.
+    `sampling` is what the model recommends, by llama.cpp's keys after `general.sampling.`. `tags` are tokens as a
+    user defined them, which take the place of padding from `N_PIECES` on.
     """
     config = model.config
     architecture = config.model_type
@@ -71,7 +75,7 @@ def write_gguf(
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    add_vocabulary(writer, config.vocab_size, pieces or BYTES)
+    add_vocabulary(writer, config.vocab_size, pieces or BYTES, tags)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     for key, value in (sampling or {}).items():
@@ -87,6 +91,12 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_readable(path: Path, **overrides: Any) -> Path:
+    """Writes a tiny llama whose every token is text: pairs of letters take the place of bytes beyond ASCII."""
+    pairs = ["".join(pair) for pair in itertools.product("abcdefghijkl", repeat=2)]
+    return write_gguf(tiny_model(**overrides), path, CHAT_TEMPLATE, [*BYTES[:128], *pairs[:128]])
 
 
 def quantized(source: Path, path: Path, ftype: int) -> Path:
@@ -111,15 +121,16 @@ def interleaved(values: Any, n_head: int) -> Any:
     return np.ascontiguousarray(rows.swapaxes(1, 2).reshape(values.shape))
 
 
-def add_vocabulary(writer: Any, n_vocab: int, pieces: list[str]) -> None:
+def add_vocabulary(writer: Any, n_vocab: int, pieces: list[str], tags: Sequence[str] = ()) -> None:
     """A byte vocabulary with two control tokens, padded."""
-    padding = [f"[PAD{i}]" for i in range(258, n_vocab)]
-    tokens = [*pieces, "<s>", "</s>", *padding]
+    padding = [f"[PAD{i}]" for i in range(N_PIECES + len(tags), n_vocab)]
+    tokens = [*pieces, "<s>", "</s>", *tags, *padding]
     normal, control, unused = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL, gguf.TokenType.UNUSED
+    defined = gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
-    writer.add_token_types([normal] * 256 + [control] * 2 + [unused] * len(padding))
+    writer.add_token_types([normal] * 256 + [control] * 2 + [defined] * len(tags) + [unused] * len(padding))
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(BOS)
     writer.add_eos_token_id(EOS)
