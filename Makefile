@@ -7,7 +7,7 @@ PARALLEL := $(BIN)/python -m pytest -n auto --dist loadfile
 .DEFAULT_GOAL := help
 .PHONY: help setup demo lab check test test-native-sanitize test-native-tsan test-native-cross lint fidelity qualities ends-table bench-gradient \
 	batch-costs proxy-types large-teacher plugin-speed soak cold-and-cached unified-memory test-server \
-	server-suite clean
+	server-suite gateway-load gateway-soak gateway-suite gateway-fuzz watch-table serve-reference clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -90,6 +90,24 @@ plugin-speed: setup  ## Print what protection costs llama-server and xllamacpp, 
 
 soak: setup  ## Load llama-server under protection for half an hour, and watch its memory (after make test-server)
 	@PYTHONPATH=tests:scripts $(BIN)/python -m bench.soak
+
+gateway-load: setup  ## Print what the gateway costs beside the engine alone (5 minutes)
+	@PYTHONPATH=tests:scripts $(BIN)/python -m bench.gateway_load
+
+gateway-soak: setup  ## Load the gateway for half an hour, ill-use included, and watch its memory
+	@PYTHONPATH=tests:scripts $(BIN)/python -m bench.gateway_load --soak 30
+
+gateway-suite: setup  ## Run llama.cpp's own tests of llama-server through the gateway (15 minutes; after make test-server)
+	@PYTHONPATH=tests:scripts $(BIN)/python -m peer.gateway_suite
+
+gateway-fuzz: setup  ## Send 5,000 random requests to the gateway (5 minutes)
+	@ADLOCAL_FUZZ=5000 $(BIN)/python -m pytest -m server -s tests/serve/test_fuzz_gateway.py
+
+watch-table: setup  ## Print what the extraction watch finds, and whom it suspects wrongly (20 minutes; see docs/evidence/watch.md)
+	@PYTHONPATH=tests:scripts $(BIN)/python -m bench.watch_table --campaigns 12
+
+serve-reference: setup  ## Write docs/serve-settings.md and docs/serve-fields.md
+	@$(BIN)/python scripts/serve_reference.py
 
 large-teacher: setup  ## Print what protection costs where each proxy costs an eighth of the teacher (6 minutes)
 	@PYTHONPATH=tests $(BIN)/python -m bench.large_teacher
