@@ -36,11 +36,10 @@ from .single import Applied, Shown, Single
 from .slots import Slots
 from .state import Store, default_directory, open_store
 from .tags import opens_hidden
-from .watch import Level, Observation, Outcome, Watch, open_log, read_settings
+from .watch import Level, Watch, open_log, read_settings
+from .watched import observations, outcome
 
 LOG = logging.getLogger(__name__)
-#: What the watch calls those who need no key.
-ANYONE = "anyone"
 
 
 @dataclass
@@ -191,23 +190,8 @@ class Gateway:
 
     async def _watched(self, caller: Caller, asked: Asked, decision: Decision, user: str | None) -> Level:
         """What the watch makes of it: of several prompts, each is a request, and the highest level holds for all."""
-        reasons = self.model.tags is not None or asked.reasoning is True
-        levels = [
-            await self.watch.admit(
-                Observation(
-                    time=time.time(),
-                    key=caller.key or ANYONE,
-                    owner=caller.owner or ANYONE,
-                    user=user,
-                    kind=asked.kind,
-                    reasoning=reasons and asked.kind == "chat" and admission.thinks(asked, decision),
-                    temperature=upstream.temperature(asked, decision),
-                    prompt=text,
-                    declared=caller.declared,
-                )
-            )
-            for text in admission.user_texts(asked)
-        ]
+        seen = observations(caller, asked, decision, user, self.model)
+        levels = [await self.watch.admit(observation) for observation in seen]
         return max(levels, key=lambda level: (level.action == "block", level.action == "throttle", level.position))
 
     async def answers(self, request: Request) -> AsyncGenerator[Event]:
@@ -243,20 +227,7 @@ class Gateway:
             await self.limiter.settle(request.reservation, n_tokens)
         for each in applied:
             self.metrics.applied(each)
-        caller = request.caller
-        await self.watch.finished(
-            Outcome(
-                time.time(),
-                caller.key or ANYONE,
-                caller.owner or ANYONE,
-                request.user,
-                completion_tokens=sum(each.n_tokens for each in applied),
-                n_rows=sum(each.counters.n_rows for each in applied),
-                n_choices=sum(each.counters.n_choices for each in applied),
-                dose=sum(each.counters.dose for each in applied),
-                prompt_tokens=sum(each.n_prompt for each in applied),
-            )
-        )
+        await self.watch.finished(outcome(request))
 
     def usage(self, request: Request) -> Usage:
         """Tokens as the client is told of them: what is hidden without a word does not count."""

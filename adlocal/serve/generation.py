@@ -17,6 +17,7 @@ from .gateway import Gateway
 from .protocols import ClientProtocol, Renderer, Route, error_body, error_headers
 from .protocols.common import add
 from .protocols.sse import PING
+from .records import record
 
 LOG = logging.getLogger(__name__)
 
@@ -117,57 +118,7 @@ async def _finish(gateway: Gateway, request: Request, route: Route, status: int,
     gateway.metrics.requests.labels(route, str(status), key).inc()
     if failed is not None:
         gateway.metrics.refusals.labels(failed.type).inc()
-    LOG.info("answered", extra=record(gateway, request, route, status, failed))
-
-
-def record(gateway: Gateway, request: Request, route: Route, status: int, failed: Failed | None) -> dict[str, Any]:
-    """What the log says of a request: who, what was applied, what it took; no text unless the operator asked for it."""
-    answers = [
-        {
-            "slot": applied.slot,
-            "strength": applied.in_force and applied.in_force.strength,
-            "guard": applied.in_force and applied.in_force.guard,
-            "prompt_tokens": applied.n_prompt,
-            "tokens": applied.n_tokens,
-            "hidden_tokens": applied.n_hidden,
-            "rows": applied.counters.n_rows,
-            "choices": applied.counters.n_choices,
-            "evaluated": applied.counters.n_evaluated,
-            "closed": applied.counters.n_closed,
-            "kl": round(applied.counters.kl, 6),
-            "dose": round(applied.counters.dose, 6),
-            "finish_reason": applied.reason,
-            "queued": round(applied.queued, 4),
-            "seconds": round(applied.seconds, 4),
-        }
-        for applied in (single.applied for single in request.singles)
-    ]
-    found: dict[str, Any] = {
-        "request": request.id,
-        "route": route,
-        "status": status,
-        "key": request.caller.key,
-        "owner": request.caller.owner,
-        "tier": request.caller.tier,
-        "user": request.user,
-        "strength": request.settings.strength,
-        "guard": request.settings.guard,
-        "disclosure": request.decision.disclosure,
-        "watch": {
-            "score": round(request.level.score, 4),
-            "position": round(request.level.position, 4),
-            "signals": list(request.level.signals),
-            "subject": request.level.subject,
-        },
-        "seconds": round(time.monotonic() - request.began, 4),
-        "answers": answers,
-    }
-    if failed is not None:
-        found["error"] = {"type": failed.type, "message": failed.message if gateway.config.log_text else ""}
-    if gateway.config.log_text:
-        found["messages"] = list(request.asked.messages) or list(request.asked.prompts)
-        found["texts"] = [single.text for single in request.singles]
-    return found
+    LOG.info("answered", extra=record(request, route, status, failed, gateway.config.log_text))
 
 
 def _headers(request: Request) -> Mapping[str, str]:

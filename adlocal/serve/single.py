@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -16,18 +16,14 @@ from ..settings import Settings
 from . import upstream
 from .aligned import Piece
 from .disclosure import Disclosure, Splitter
+from .draining import drain
 from .events import Delta, Event, Failed, Finished, FinishReason, Steering, ToolCall
 from .slots import Slot, Slots
 from .stops import Cutter
 from .tags import Tags
 
-_TICK_SECONDS = 0.02
 #: Of a token, at least on average: what a prompt is reckoned with before it is read.
 CHARACTERS = 3
-#: A slot is idle when its sequence was left out of so many batches, or when nothing was decoded for so long.
-_IDLE_DECODES, _IDLE_SECONDS = 3, 0.25
-#: Then it is given back whatever it does: the engine lets the next request for it wait.
-_DRAIN_SECONDS = 30.0
 _UNVERIFIED = "this request's protection could not be verified, so nothing of the answer is sent; tell the operator"
 _CLOSED = "protection could not be computed from here on, so the answer ends; try again, or tell the operator"
 
@@ -160,17 +156,23 @@ class Single:
                     async for event in events:
                         yield event
                 over = self._stop is None
+            except (GeneratorExit, asyncio.CancelledError):
+                self._reckon_prompt(control.counters(slot.number).n_decoded - before.n_decoded)
+                raise
             finally:
                 self.applied.counters = control.counters(slot.number) - before
                 self.applied.seconds = time.monotonic() - began
-                if not self.applied.n_prompt:  # it was left before the engine told: what it has read, or will have
-                    self.applied.n_prompt = max(self.applied.counters.n_decoded, len(self._prompt) // CHARACTERS)
         finally:
             text = self._prompt + self.text
             if over or control is None:
                 slots.release(slot, self._key, text, self.applied.seconds)
             else:
                 drain(slots, slot, self._key, text, control, lambda: engine.control is control)
+
+    def _reckon_prompt(self, n_decoded: int) -> None:
+        """What the client is charged who left before the engine told it: what it has read, or will have."""
+        if not self.applied.n_prompt:
+            self.applied.n_prompt = max(n_decoded, len(self._prompt) // CHARACTERS)
 
     async def _answer(
         self, client: httpx2.AsyncClient, control: Control, slot: Slot, reuse: bool
@@ -196,20 +198,25 @@ class Single:
                     break
         if control.counters(slot.number).n_closed > n_closed:
             raise Failed(500, "server_error", _CLOSED)
+        for last in self._ending(finished):
+            yield last
+
+    def _ending(self, finished: FinishReason | None) -> list[Event]:
+        """What was held back to the end, and the end."""
+        applied, events = self.applied, list[Event]()
         if self._stop is None:
             pieces, self._stop = self._cutter.feed(self._splitter.end())
             rest: list[Piece] = []
             if self._stop is None:
                 rest, self._stop = self._cutter.end()
-            for piece in (*pieces, *rest):
-                yield piece.delta(applied.choice)
+            events += [piece.delta(applied.choice) for piece in (*pieces, *rest)]
             if self._calls:
                 self._called = True
-                yield Delta(applied.choice, tool_calls=self._calls)
+                events.append(Delta(applied.choice, tool_calls=self._calls))
         applied.n_hidden = self._splitter.hidden_tokens
         only_thought = finished == "tool_calls" and not self._called
         applied.reason = "stop" if self._stop is not None or only_thought else finished
-        yield self._finished()
+        return [*events, self._finished()]
 
     def _events_of(self, chunk: upstream.Chunk) -> list[Delta]:
         applied = self.applied
@@ -269,34 +276,3 @@ def verified(control: Control, sequence: int, epoch: int, asked: Settings, ban: 
     if found.epoch != epoch or found.think != ban or not protects:
         raise Failed(500, "server_error", _UNVERIFIED)
     return found
-
-
-_draining: set[asyncio.Task[None]] = set()
-
-
-def drain(slots: Slots, slot: Slot, key: str, text: str, control: Control, lives: Callable[[], bool]) -> None:
-    """Gives a slot back once the engine no longer works on what it was given last, or is no more."""
-
-    async def wait() -> None:
-        try:
-            await _until_idle(control, slot.number, lives)
-        finally:
-            slots.release(slot, key, text)
-
-    task = asyncio.create_task(wait())
-    _draining.add(task)  # the loop itself keeps no task alive
-    task.add_done_callback(_draining.discard)
-
-
-async def _until_idle(control: Control, sequence: int, lives: Callable[[], bool]) -> None:
-    began = last = time.monotonic()
-    n_decoded, begun = control.counters(sequence).n_decoded, control.decodes().begun
-    while lives() and time.monotonic() - began < _DRAIN_SECONDS:
-        await asyncio.sleep(_TICK_SECONDS)
-        decodes, now = control.decodes(), time.monotonic()
-        if control.counters(sequence).n_decoded != n_decoded or decodes.begun != decodes.ended:
-            if control.counters(sequence).n_decoded != n_decoded:
-                n_decoded, begun = control.counters(sequence).n_decoded, decodes.begun
-            last = now
-        if decodes.ended - begun >= _IDLE_DECODES or now - last >= _IDLE_SECONDS:
-            return

@@ -105,6 +105,10 @@ def test_embeddings_where_policy_allows_them(long_llama: Path, long_bundle: Path
         assert any(data[0]["embedding"])
         assert data[0]["embedding"] != data[1]["embedding"]
         assert found.chat(n=5).status_code == 200
-        counters = found.control().counters()
+        control = found.control()
+        before = control.counters(0).n_decoded
+        n_prompt = [found.chat("x" * 200, 1).json()["usage"]["prompt_tokens"] for _ in range(2)]
+        assert control.counters(0).n_decoded - before >= sum(n_prompt)  # nothing is reused: whose text lay there?
+        counters = control.counters()
         assert counters.n_closed == 0
         assert counters.n_evaluated == counters.n_choices > 0
