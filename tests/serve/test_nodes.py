@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from llama_server import server
 from support.gateway import Gateway, gateway
 from support.stores import redis_server
 
@@ -20,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="libraries are preloaded on Linux alone"),
 ]
 FLAGS = ["-np", 1, "-c", 1024]
+MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
 def test_two_nodes_share_keys_limits_and_the_watch(long_llama: Path, long_bundle: Path, tmp_path: Path) -> None:
@@ -112,3 +114,26 @@ def test_embeddings_where_policy_allows_them(long_llama: Path, long_bundle: Path
         counters = control.counters()
         assert counters.n_closed == 0
         assert counters.n_evaluated == counters.n_choices > 0
+
+
+def test_a_llama_server_of_ones_own(long_llama: Path, long_bundle: Path, tmp_path: Path) -> None:
+    """In xllamacpp's place: it is asked and protected alike."""
+    if not server().exists():
+        pytest.skip("needs llama-server; run `make test-server`")
+    with gateway(long_llama, long_bundle, tmp_path, "--engine", server(), *FLAGS) as found:
+        assert found.chat(n=6, temperature=0).status_code == 200
+        assert found.post("/v1/messages", {"model": "m", "max_tokens": 3, "messages": MESSAGES}).status_code == 200
+        first, second = (record["answers"][0] for record in found.wait_for_record(2))
+        assert first["rows"] >= first["tokens"] > 0
+        assert first["choices"] == first["evaluated"] > 0
+        assert second["strength"] == 1.0
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    """Without the extra, one line says what to install."""
+    block = "import sys; sys.modules['fastapi'] = None; from adlocal.cli import main; sys.exit(main())"
+    words = [sys.executable, "-c", block, "serve", "-m", "teacher.gguf", "--bundle", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "pip install 'adlocal[serve]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
