@@ -16,6 +16,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import llama_cpp
 import pytest
 
@@ -35,6 +36,12 @@ from support.engines import PROMPTS, STRENGTH, N
 from support.faults import Faults
 from support.json_lines import write_lines
 from support.paths import REAL_TRACES, ROOT
+
+
+# The same examples in each run: what fails in CI fails here. ADLOCAL_RANDOM=1 draws others, to look for more.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("random", deadline=None)
+hypothesis.settings.load_profile("random" if "ADLOCAL_RANDOM" in os.environ else "same")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

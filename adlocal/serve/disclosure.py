@@ -115,7 +115,7 @@ class Splitter:
         if state == "after":
             return []  # white space
         if state in ("before", "reasoning"):
-            return _reasoning(_stripped(rest))
+            return _reasoning(_without_end(rest))
         return _some(rest)
 
     def _advance(self, work: Piece) -> list[Piece]:
@@ -190,7 +190,7 @@ class Splitter:
         at = work.text.find(close)
         if at >= 0:
             self._state = "after"
-            return _reasoning(_stripped(work[:at])), work[at + len(close) :]
+            return _reasoning(_without_end(work[:at])), work[at + len(close) :]
         until = unfinished(work.text, (close,))
         cut = work.boundary(len(work.text[:until].rstrip(WHITE)))
         self._rest = work[cut:]
@@ -258,9 +258,9 @@ def _reasoning(piece: Piece) -> list[Piece]:
     return _some(Piece(piece.text, piece.tokens, reasoning=True))
 
 
-def _stripped(piece: Piece) -> Piece:
-    end = len(piece.text.rstrip(WHITE))
-    return piece[min(len(piece.text) - len(piece.text.lstrip(WHITE)), end) : end]
+def _without_end(piece: Piece) -> Piece:
+    """Without the white space that it ends in. That before reasoning is gone by then; some within it may come first."""
+    return piece[: len(piece.text.rstrip(WHITE))]
 
 
 def _without_blank_lines(piece: Piece) -> Piece:

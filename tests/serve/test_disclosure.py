@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from adlocal.serve.aligned import Piece
@@ -96,6 +96,7 @@ def test_every_chunking_gives_what_the_whole_text_gives(
 
 @settings(deadline=None)
 @given(texts, st.lists(st.integers(0, 80)), st.lists(st.integers(0, 80)), modes.map(lambda mode: (*mode[:2], False)))
+@example("<think><think> b</think>", [14], [], ("show", False, False))
 def test_log_probabilities_stay_with_their_text(
     text: str, places: list[int], bounds: list[int], mode: tuple[Disclosure, bool, bool]
 ) -> None:
