@@ -37,7 +37,6 @@ from support.faults import Faults
 from support.json_lines import write_lines
 from support.paths import REAL_TRACES, ROOT
 
-
 # The same examples in each run: what fails in CI fails here. ADLOCAL_RANDOM=1 draws others, to look for more.
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("random", deadline=None)
