@@ -25,7 +25,19 @@ pytestmark = [
 
 
 def said(teacher: Path, *own: object) -> str:
-    """What it writes after the prompt."""
+    """What it writes after the prompt.
+
+    It writes through a thread of its own and may end before that has written all, plain as well, where the machine is
+    busy. So it is run several times, and the longest text counts: the others are its beginnings.
+    """
+    texts = [said_once(teacher, *own) for _ in range(10)]
+    longest = max(texts, key=len)
+    assert all(longest.startswith(text) for text in texts)
+    return longest
+
+
+def said_once(teacher: Path, *own: object) -> str:
+    """The same, as far as it has written it."""
     alone = ["-t", 1, "-tb", 1, "-ngl", 0, "-c", 256, "--no-warmup", "--offline", "-no-cnv", "--no-display-prompt"]
     asked = ["-m", teacher, "-p", PROMPT, "-n", N, "--temp", 0, *alone]
     done = subprocess.run(list(map(str, [*own, COMPLETION, *asked])), capture_output=True, text=True, timeout=100)
