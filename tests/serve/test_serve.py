@@ -87,7 +87,7 @@ def test_every_answer_is_protected_as_policy_says(served: Gateway) -> None:
     """By the plugin's own counters: what the log says is theirs, and they are what policy says."""
     control = served.control()
     before = control.counters()
-    n = len(served.records())
+    n = served.n_records()
     served.chat(n=12, temperature=1.0)
     served.chat(n=7, stream=True)
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
@@ -163,7 +163,7 @@ def test_pages_of_other_sites_are_refused(served: Gateway) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_hangs_up_is_charged_and_frees_the_slot(served: Gateway, stream: bool) -> None:
     control = served.control()
-    n = len(served.records())
+    n = served.n_records()
     body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4000, "temperature": 0, "stream": stream}
     with served.client() as client:
         if stream:
@@ -184,7 +184,7 @@ def test_who_hangs_up_is_charged_and_frees_the_slot(served: Gateway, stream: boo
 
 def test_who_hangs_up_while_waiting_takes_no_slot(served: Gateway) -> None:
     long = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3900, "temperature": 0}
-    n = len(served.records())
+    n = served.n_records()
     threads = [threading.Thread(target=served.post, args=("/v1/chat/completions", long)) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -213,7 +213,7 @@ def test_the_engine_dies_and_comes_back(served: Gateway) -> None:
     assert "data: [DONE]" not in events
     served.wait_until(lambda: served.get("/health").status_code == 200)
     served.wait_until(lambda: served.control().pid != pid)
-    n = len(served.records())
+    n = served.n_records()
     assert served.chat(n=3).status_code == 200
     assert served.wait_for_record(n + 1)[-1]["answers"][0]["strength"] == 2.0
 
@@ -320,7 +320,7 @@ def test_keys(long_llama: Path, long_bundle: Path, tmp_path: Path) -> None:
 def test_the_operator_is_told_what_was_steered(served: Gateway) -> None:
     """The parts' sums are the log's, but for the dose of the last token, which nobody decodes."""
     body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 20, "stream": True, "seed": 5}
-    n = len(served.records())
+    n = served.n_records()
     with served.client(**{"x-adlocal-steering": "1"}) as client:
         lines = client.post("/v1/chat/completions", json=body).text.splitlines()
     parts = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]

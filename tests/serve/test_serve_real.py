@@ -44,7 +44,7 @@ def test_a_chat_is_answered_and_protected(served: Gateway) -> None:
 def test_who_hangs_up_while_the_prompt_is_read_stops_it(served: Gateway) -> None:
     """The engine reads a batch to its end, and no further."""
     control, before = served.control(), served.control().counters()
-    n = len(served.records())
+    n = served.n_records()
     body = {"messages": [{"role": "user", "content": LONG}], "max_tokens": 8}
     with served.client() as client, pytest.raises(Exception, match="timed out"):
         client.post("/v1/chat/completions", json=body, timeout=2.0)

@@ -42,7 +42,7 @@ def tenants(long_llama: Path, long_bundle: Path, tmp_path_factory: pytest.TempPa
 def test_what_is_left_of_a_cancelled_request_keeps_its_settings(tenants: Tenants) -> None:
     """The next tenant asks at once: its rows are its own, and they alone are protected as it is."""
     served = tenants.gateway
-    n = len(served.records())
+    n = served.n_records()
     long = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4000, "temperature": 0, "stream": True}
     with served.client(tenants.bob) as client, client.stream("POST", "/v1/chat/completions", json=long) as response:
         next(response.iter_raw())

@@ -69,7 +69,7 @@ def served(thinking_llama: Path, bundle: Path, tmp_path_factory: pytest.TempPath
 
 def asked(served: Gateway, seed: int, **fields: Any) -> tuple[list[dict[str, Any]], Mapping[str, Any], str]:
     """The parts that come, the log's record, and all that the model wrote."""
-    n = len(served.records())
+    n = served.n_records()
     body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": N, "seed": seed, "temperature": 1.0}
     body |= {"logit_bias": BIAS, "stream": True, "logprobs": True, "top_logprobs": 3, **fields}
     found: httpx2.Response = served.post("/v1/chat/completions", body)
@@ -112,7 +112,7 @@ def test_who_must_not_think_writes_no_tags(served: Gateway) -> None:
 @pytest.mark.parametrize("route", ["/v1/messages", "/v1/responses", "/v1/chat/completions"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_thought_that_is_cut_off_is_not_shown(served: Gateway, route: str, stream: bool) -> None:
-    n = len(served.records())
+    n = served.n_records()
     messages = [{"role": "user", "content": "Hi"}]
     length = (
         {"max_output_tokens": 30, "input": messages}

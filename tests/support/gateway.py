@@ -74,6 +74,13 @@ class Gateway:
                     found.append(record)
         return found
 
+    def n_records(self) -> int:
+        """How many requests have been answered, once the last one's end is in the log: it comes after the answer."""
+        n = -1
+        while n != (n := len(self.records())):
+            time.sleep(0.3)
+        return n
+
     def wait_for_record(self, n: int, event: str = "answered") -> list[dict[str, Any]]:
         """The same, once there are as many."""
         self.wait_until(lambda: len(self.records(event)) >= n)
