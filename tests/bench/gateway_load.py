@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import socket
 import statistics
@@ -40,7 +39,7 @@ from support.gateway import Gateway, gateway
 from support.json_lines import write_lines
 
 N_SLOTS = 8
-TOKENS = 64
+TOKENS = 200
 #: MB by which the gateway may grow after the first third.
 GROWTH = 4.0
 _STALL_SECONDS = 3.0
@@ -98,27 +97,29 @@ def throughput(gate: Gateway, engine: str, rounds: int) -> int:
         "at once  engine parts/s  gateway parts/s  ratio: median [least, most] of rounds    gateway µs/part", flush=True
     )
     for n in (1, 4, 8):
-        ratios, speeds, costs = [], {"engine": [0.0], "gateway": [0.0]}, []
+        ratios, speeds, per_part = [], {"engine": [0.0], "gateway": [0.0]}, []
         for i in range(rounds + 1):  # the first warms up
             for name, url in (("engine", engine), ("gateway", gate.url))[:: 1 if i % 2 else -1]:
                 before, began = processor_seconds(gate), time.monotonic()
                 n_parts = answers(url, n, seed=i)
                 speeds[name].append(n_parts / (time.monotonic() - began))
                 if name == "gateway" and i:
-                    costs.append(1e6 * (processor_seconds(gate) - before) / n_parts)
+                    per_part.append(1e6 * (processor_seconds(gate) - before) / n_parts)
             if i:
                 ratios.append(speeds["gateway"][-1] / speeds["engine"][-1])
         engines, own = (statistics.median(speeds[name][2:]) for name in ("engine", "gateway"))
         spread = f"{statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]"
-        print(f"{n:7}  {engines:14.1f}  {own:15.1f}  {spread:39}  {statistics.median(costs):15.0f}", flush=True)
+        print(f"{n:7}  {engines:14.1f}  {own:15.1f}  {spread:39}  {statistics.median(per_part):15.0f}", flush=True)
+    request, part = costs(gate, rounds)
+    print(f"a request costs the gateway {request:.1f} ms of processor time, and each part of its answer {part:.0f} µs")
     return 0
 
 
-def answers(url: str, n: int, seed: int) -> int:
+def answers(url: str, n: int, seed: int, n_tokens: int = 0) -> int:
     """Asks for n streams at once, and counts the parts that have text."""
 
     def one(i: int) -> int:
-        body = chat(f"{i} and {seed}", TOKENS, seed)
+        body = chat(f"{i} and {seed}", n_tokens or TOKENS, seed)
         with httpx2.Client(base_url=url, timeout=300, trust_env=False) as client:
             answered = client.post("/v1/chat/completions", json=body)
         text = answered.raise_for_status().text
@@ -135,9 +136,24 @@ def chat(text: str, n: int, seed: int) -> dict[str, object]:
 
 
 def processor_seconds(gate: Gateway) -> float:
-    """Of the gateway's own process so far."""
-    fields = Path(f"/proc/{gate.server.process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """Of all threads of the gateway's own process so far, as the kernel's scheduler counts them."""
+    tasks = Path(f"/proc/{gate.server.process.pid}/task").glob("*/schedstat")
+    return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+
+
+def costs(gate: Gateway, rounds: int) -> tuple[float, float]:
+    """Processor time of a request, ms, and of one more part of its answer, µs: from short answers and long ones."""
+    found = []
+    for _ in range(rounds):
+        spent = {}
+        for n_tokens in (8, TOKENS):
+            before = processor_seconds(gate)
+            spent[n_tokens] = (answers(gate.url, N_SLOTS, 0, n_tokens), processor_seconds(gate) - before)
+        (few, short), (many, long) = spent.values()
+        part = (long - short) / (many - few)
+        found.append(((short - few * part) / N_SLOTS, part))
+    request, part = (statistics.median(each) for each in zip(*found, strict=True))
+    return 1e3 * request, 1e6 * part
 
 
 def soak(gate: Gateway, minutes: float) -> int:
