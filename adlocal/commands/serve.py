@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def run(args: argparse.Namespace) -> None:
     """Serves until a signal ends it, or tells what would be in force."""
     try:
-        from ..serve import config, engine_command, logs, model, server
+        from ..serve import config, logs, model, server
     except ModuleNotFoundError as error:
         raise AdlocalError(f"{error.name} is not installed; run: pip install 'adlocal[serve]'") from None
 
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
         return _overridden(found, args)
 
     chosen = read()
-    engine_command.check_program(chosen)
+    config.parts(chosen)
     server.check(chosen)
     if args.check:
         model.read_model(chosen)
@@ -77,11 +77,9 @@ def _overridden(found: Config, args: argparse.Namespace) -> Config:
 
 def _check(chosen: Config, args: argparse.Namespace) -> str:
     """What would be in force for a caller and a kind of request."""
-    from ..bundle import Bundle
+    from ..serve.config import default_settings
     from ..serve.policy import KINDS, Caller, decide
-    from ..settings import resolve
 
-    default = resolve(Bundle.open(chosen.bundle or ""), str(chosen.model), None, None)
     groups: dict[str, Any] = {"tiers": chosen.policy.tiers, "owners": chosen.policy.owners, "keys": chosen.policy.keys}
     for group, name in (("tiers", args.tier), ("owners", args.owner), ("keys", args.key)):
         if name is not None and name not in groups[group]:
@@ -90,7 +88,7 @@ def _check(chosen: Config, args: argparse.Namespace) -> str:
     kinds = tuple(kind for kind in KINDS if kind in args.kind)
     if not {"chat", "completion"} & set(kinds):
         raise InputError(f"--kind {' '.join(args.kind)}: give chat or completion, and tools or reasoning beside it")
-    decision = decide(chosen.policy, caller, kinds, default)
+    decision = decide(chosen.policy, caller, kinds, default_settings(chosen))
     found = {name: value for name, value in vars(decision).items() if name not in ("settings", "sources")}
     found = {"strength": decision.settings.strength, "guard": decision.settings.guard, **found}
     if args.json:

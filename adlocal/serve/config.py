@@ -8,10 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from ..bundle import Bundle
 from ..errors import InputError
+from ..settings import Settings, resolve
 from .policy import Policy, Strict
 from .state import default_directory, is_redis
 
+XLLAMACPP = "xllamacpp"
 _Seconds = Annotated[float, Field(gt=0, le=86400)]
 _Count = Annotated[int, Field(ge=1)]
 
@@ -47,7 +50,7 @@ class Engine(Strict):
         stall_seconds: how long a batch may take before the gateway calls itself ill.
     """
 
-    program: str = "xllamacpp"
+    program: str = XLLAMACPP
     parallel: Annotated[int, Field(ge=1, le=256)] = 4
     ctx_size: _Count | None = None
     threads: _Count | None = None
@@ -161,6 +164,36 @@ def _in_words(error: Any) -> str:
         return f"{where}: no such setting; see docs/serve.md for those that there are"
     message = str(error["msg"]).removeprefix("Value error, ")
     return f"{where}: {message} (found {error['input']!r:.60})" if where else message
+
+
+def parts(config: Config) -> tuple[Path, Path]:
+    """Model and bundle, which are there, as the engine is: before anything is started.
+
+    Raises:
+        InputError: one of them is not.
+    """
+    program = config.engine.program
+    if program != XLLAMACPP and not Path(program).is_file():
+        raise InputError(f"{program}: no such engine; give {XLLAMACPP}, or the path of a llama-server")
+    return _there("model", "file", config.model), _there("bundle", "directory", config.bundle)
+
+
+def _there(name: str, kind: str, path: Path | None) -> Path:
+    if path is None:
+        raise InputError(f"no {name} was given; give --{name}, or {name} = ... in serve.toml")
+    if not path.exists():
+        raise InputError(f"{path}: no such {kind}; it was given as the {name}")
+    return path
+
+
+def default_settings(config: Config) -> Settings:
+    """Strength and guard where no rule names them: the bundle's own.
+
+    Raises:
+        InputError: model or bundle cannot be used.
+    """
+    model, bundle = parts(config)
+    return resolve(Bundle.open(bundle), str(model), None, None)
 
 
 def pepper(config: Config) -> Path:

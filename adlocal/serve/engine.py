@@ -158,9 +158,8 @@ class Engine:
                 await asyncio.sleep(0.1)
 
     async def _read_log(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdout is not None
         try:
-            while line := await _line(process.stdout):
+            while process.stdout is not None and (line := await _line(process.stdout)):
                 self._lines.append(line)
                 LOG.debug("engine: %s", line)
         finally:

@@ -8,11 +8,9 @@ import signal
 import sys
 from pathlib import Path
 
-from ..errors import InputError
 from ..settings import Settings
-from .config import Config
+from .config import XLLAMACPP, Config
 
-XLLAMACPP = "xllamacpp"
 #: Variables that would give others a say in the engine.
 _OTHERS = ("LLAMA_ARG_", "LLAMA_SERVER_", "LLAMA_API_KEY", "ADLOCAL_")
 _PR_SET_PDEATHSIG = 1
@@ -58,19 +56,3 @@ def end_with_parent() -> None:
     """Has the kernel end this process when the gateway is killed; called in the child before it becomes the engine."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def check_program(config: Config) -> None:
-    """Refuses what cannot be started, before anything is.
-
-    Raises:
-        InputError: a model, bundle or engine is not there.
-    """
-    for name, kind in (("model", "file"), ("bundle", "directory")):
-        path = getattr(config, name)
-        if path is None:
-            raise InputError(f"no {name} was given; give --{name}, or {name} = ... in serve.toml")
-        if not path.exists():
-            raise InputError(f"{path}: no such {kind}; it was given as the {name}")
-    if config.engine.program != XLLAMACPP and not Path(config.engine.program).is_file():
-        raise InputError(f"{config.engine.program}: no such engine; give {XLLAMACPP}, or the path of a llama-server")

@@ -14,15 +14,14 @@ from typing import Any, Literal
 
 import httpx2
 
-from ..bundle import Bundle
 from ..errors import InputError
 from ..plugin import Control
 from ..servers.addresses import is_loopback
-from ..settings import Settings, resolve
+from ..settings import Settings
 from . import admission, upstream
 from .admission import Request
 from .asked import Asked
-from .config import Config, pepper
+from .config import Config, default_settings, pepper
 from .engine import Engine
 from .events import Event, Failed, Usage
 from .keys import Keys, open_keys
@@ -57,7 +56,10 @@ class Gateway:
     """All that one `adlocal serve` holds. Use in one event loop, as an asynchronous context manager.
 
     Args:
-        config: checked; model and bundle are there.
+        config: what to serve, and how.
+
+    Raises:
+        InputError: model, bundle or engine are not there, or cannot be used.
 
     Attributes:
         config: in force.
@@ -65,11 +67,9 @@ class Gateway:
     """
 
     def __init__(self, config: Config) -> None:
-        assert config.model is not None
-        assert config.bundle is not None
         self.config = config
+        self.default: Settings = default_settings(config)
         self.model: Model = read_model(config)
-        self.default: Settings = resolve(Bundle.open(config.bundle), str(config.model), None, None)
         self.floor = least(config.policy, self.default)
         self.metrics = Metrics()
         limits = config.limits

@@ -215,8 +215,9 @@ class Single:
                 events.append(Delta(applied.choice, tool_calls=self._calls))
         applied.n_hidden = self._splitter.hidden_tokens
         only_thought = finished == "tool_calls" and not self._called
-        applied.reason = "stop" if self._stop is not None or only_thought else finished
-        return [*events, self._finished()]
+        reason = "stop" if self._stop is not None or only_thought or finished is None else finished
+        applied.reason = reason
+        return [*events, self._finished(reason)]
 
     def _events_of(self, chunk: upstream.Chunk) -> list[Delta]:
         applied = self.applied
@@ -246,12 +247,11 @@ class Single:
             return ()
         return chunk.tool_calls
 
-    def _finished(self) -> Finished:
+    def _finished(self, reason: FinishReason) -> Finished:
         applied, summary = self.applied, self._shown.disclosure == "summary" and self._shown.tags is not None
-        assert applied.reason is not None
         return Finished(
             applied.choice,
-            applied.reason,
+            reason,
             self._stop,
             reasoning_tokens=applied.n_hidden if summary else None,
             reasoning_seconds=self._splitter.hidden_seconds if summary else None,

@@ -9,8 +9,8 @@ from pydantic import Field
 
 from ..asked import Asked
 from . import limits
-from .common import Body, bad, validate
-from .fields import Unknown, check
+from .common import Body, bad, read
+from .fields import Unknown
 from .history import Content, Function, Message, check_choice, complete, function_tool, prefilled, text_parts, tool_call
 from .samplers import Sampled, sampled_fields, schema_of
 
@@ -129,17 +129,8 @@ class ChatRequest(Sampled):
 
 
 def asked_of(body: Mapping[str, Any], unknown: Unknown = "ignore") -> Asked:
-    """What a client asks for.
-
-    Args:
-        body: the JSON object that it sent.
-        unknown: what becomes of fields that nobody knows.
-
-    Raises:
-        Failed: 400, with the field that is at fault.
-    """
-    check(body, "chat", unknown)
-    request = validate(ChatRequest, body)
+    """What a client asks for by a body; arguments and errors as for `common.read`."""
+    request = read(ChatRequest, body, "chat", unknown)
     messages = complete([_message(each) for each in request.messages])
     tools = [
         function_tool(tool.function, f"tools[{i}].function.parameters") for i, tool in enumerate(request.tools or ())

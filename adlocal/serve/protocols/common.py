@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from ..events import Answer, Delta, Event, Failed, ToolCall, Usage
+from .fields import Route, Unknown, check
 
 _HALF_PAIR: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 _VALUE_LENGTH_MAX = 60
@@ -78,6 +79,19 @@ def validate(model: type[Model], body: Mapping[str, Any]) -> Model:
         return model.model_validate(dict(body))
     except ValidationError as error:
         raise _in_words(error, body) from None
+
+
+def read(model: type[Model], body: Mapping[str, Any], route: Route, unknown: Unknown) -> Model:
+    """A body of a route, of whose fields none is refused.
+
+    Args:
+        unknown: what becomes of fields that nobody knows.
+
+    Raises:
+        Failed: 400, with the field that is at fault.
+    """
+    check(body, route, unknown)
+    return validate(model, body)
 
 
 def _in_words(error: ValidationError, body: Mapping[str, Any]) -> Failed:

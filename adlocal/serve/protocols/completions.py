@@ -10,9 +10,9 @@ from pydantic import Field
 from ..asked import Asked
 from ..events import Answer, Event, Failed, Finished, Logprob, Usage
 from . import limits, sse
-from .common import bad, openai_usage, reasoning_tokens, validate
+from .common import bad, openai_usage, read, reasoning_tokens
 from .errors import error_body
-from .fields import Unknown, check
+from .fields import Unknown
 from .logprobs import bounded
 from .samplers import Sampled, sampled_fields, schema_of
 
@@ -33,17 +33,8 @@ class CompletionRequest(Sampled):
 
 
 def asked_of(body: Mapping[str, Any], unknown: Unknown = "ignore") -> Asked:
-    """What a client asks for.
-
-    Args:
-        body: the JSON object that it sent.
-        unknown: what becomes of fields that nobody knows.
-
-    Raises:
-        Failed: 400, with the field that is at fault.
-    """
-    check(body, "completions", unknown)
-    request = validate(CompletionRequest, body)
+    """What a client asks for by a body; arguments and errors as for `common.read`."""
+    request = read(CompletionRequest, body, "completions", unknown)
     prompts = _prompts(request.prompt)
     top_logprobs = request.logprobs if request.logprobs is not None else request.n_probs or None
     if request.echo and top_logprobs is not None:

@@ -10,8 +10,8 @@ from pydantic import Field
 from ..asked import Asked
 from . import limits
 from .chat import TemplateArguments, reasoning_of
-from .common import Body, bad, validate
-from .fields import Unknown, check
+from .common import Body, bad, read
+from .fields import Unknown
 from .history import Function, Message, check_choice, complete, function_tool, prefilled, tool_call
 from .samplers import max_tokens, sampling
 
@@ -118,17 +118,8 @@ class MessagesRequest(CountRequest):
 
 
 def asked_of(body: Mapping[str, Any], unknown: Unknown = "ignore") -> Asked:
-    """What a client asks for.
-
-    Args:
-        body: the JSON object that it sent.
-        unknown: what becomes of fields that nobody knows.
-
-    Raises:
-        Failed: 400, with the field that is at fault.
-    """
-    check(body, "messages", unknown)
-    request = validate(MessagesRequest, body)
+    """What a client asks for by a body; arguments and errors as for `common.read`."""
+    request = read(MessagesRequest, body, "messages", unknown)
     return Asked(
         **_conversation(request),
         sampling=sampling(request, ["temperature", "top_k", "top_p"]),
@@ -146,8 +137,7 @@ def counted_of(body: Mapping[str, Any], unknown: Unknown = "ignore") -> Asked:
     Raises:
         Failed: 400, with the field that is at fault.
     """
-    check(body, "messages", unknown)
-    return Asked(**_conversation(validate(CountRequest, body)))
+    return Asked(**_conversation(read(CountRequest, body, "messages", unknown)))
 
 
 def _conversation(request: CountRequest) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from pydantic import Discriminator, Field, Tag
 from ..asked import Asked
 from . import limits
 from .chat import ChosenFunction, Effort, TemplateArguments, reasoning_of
-from .common import Body, bad, validate
-from .fields import Unknown, check
+from .common import Body, bad, read
+from .fields import Unknown
 from .history import Content, Function, Message, check_choice, complete, function_tool, prefilled, text_parts, tool_call
 from .samplers import max_tokens, sampling
 from .schemas import check_schema
@@ -120,17 +120,8 @@ class ResponsesRequest(Body):
 
 
 def asked_of(body: Mapping[str, Any], unknown: Unknown = "ignore") -> Asked:
-    """What a client asks for.
-
-    Args:
-        body: the JSON object that it sent.
-        unknown: what becomes of fields that nobody knows.
-
-    Raises:
-        Failed: 400, with the field that is at fault.
-    """
-    check(body, "responses", unknown)
-    request = validate(ResponsesRequest, body)
+    """What a client asks for by a body; arguments and errors as for `common.read`."""
+    request = read(ResponsesRequest, body, "responses", unknown)
     messages = _messages(request)
     tools = [function_tool(tool, f"tools[{i}].parameters") for i, tool in enumerate(request.tools or ())]
     choice = request.tool_choice
