@@ -50,6 +50,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.lab)
 
 
+def bundle_of(proxy: Path, traces: Path, out: Path) -> Path:
+    """Converts a tiny proxy in silence."""
+    convert(Options(str(proxy), {"traces": traces}, out, carriers=1.0, n_threads=1), lambda line: None)
+    return out
+
+
 @pytest.fixture(scope="session", autouse=True)
 def gradient_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Gradients of this session are its own, those of commands that it runs too."""
@@ -104,10 +110,7 @@ def tiny_traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_llama: Path, tiny_traces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the tiny llama model."""
-    out = tmp_path_factory.mktemp("bundle") / "bundle"
-    options = Options(str(tiny_llama), {"traces": tiny_traces}, out, carriers=1.0, n_threads=1)
-    convert(options, lambda line: None)
-    return out
+    return bundle_of(tiny_llama, tiny_traces, tmp_path_factory.mktemp("bundle") / "bundle")
 
 
 @pytest.fixture(scope="session")
@@ -119,10 +122,7 @@ def readable_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def readable_bundle(readable_llama: Path, tiny_traces: Path) -> Path:
     """A bundle of it."""
-    out = readable_llama.with_name("bundle")
-    options = Options(str(readable_llama), {"traces": tiny_traces}, out, carriers=1.0, n_threads=1)
-    convert(options, lambda line: None)
-    return out
+    return bundle_of(readable_llama, tiny_traces, readable_llama.with_name("bundle"))
 
 
 @pytest.fixture(scope="session")
@@ -134,10 +134,7 @@ def long_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def long_bundle(long_llama: Path, tiny_traces: Path) -> Path:
     """A bundle of it."""
-    out = long_llama.with_name("bundle")
-    options = Options(str(long_llama), {"traces": tiny_traces}, out, carriers=1.0, n_threads=1)
-    convert(options, lambda line: None)
-    return out
+    return bundle_of(long_llama, tiny_traces, long_llama.with_name("bundle"))
 
 
 @pytest.fixture(scope="session")

@@ -44,9 +44,9 @@ class Request:
     decision: Decision
     settings: Settings
     level: Level
-    user: str | None = None
-    steering: bool = False
-    reservation: Reservation | None = None
+    user: str | None
+    steering: bool
+    reservation: Reservation
     singles: list[Single] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
 

@@ -37,10 +37,11 @@ async def _until_idle(control: Control, sequence: int, lives: Callable[[], bool]
     n_decoded, begun = control.counters(sequence).n_decoded, control.decodes().begun
     while lives() and time.monotonic() - began < _DRAIN_SECONDS:
         await asyncio.sleep(_TICK_SECONDS)
-        decodes, now = control.decodes(), time.monotonic()
-        if control.counters(sequence).n_decoded != n_decoded or decodes.begun != decodes.ended:
-            if control.counters(sequence).n_decoded != n_decoded:
-                n_decoded, begun = control.counters(sequence).n_decoded, decodes.begun
+        decodes, found, now = control.decodes(), control.counters(sequence).n_decoded, time.monotonic()
+        if found != n_decoded:
+            n_decoded, begun = found, decodes.begun
+            last = now
+        elif decodes.begun != decodes.ended:
             last = now
         if decodes.ended - begun >= _IDLE_DECODES or now - last >= _IDLE_SECONDS:
             return

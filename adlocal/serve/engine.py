@@ -61,11 +61,6 @@ class Engine:
         """Where it listens: in a directory that nobody else can enter."""
         return Path(self._directory.name) / "engine.sock"
 
-    @property
-    def pid(self) -> int | None:
-        """Of its process, while it lives."""
-        return self._process.pid if self._process is not None and self._process.returncode is None else None
-
     def client(self) -> httpx2.AsyncClient:
         """A client of it, which whoever asks for it closes. A connection is used once: it ends idle ones unasked."""
         return httpx2.AsyncClient(

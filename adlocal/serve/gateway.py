@@ -182,11 +182,11 @@ class Gateway:
         if level.action == "throttle":
             raise Failed(429, "rate_limit_error", "this key is slowed down for now; try again later", retry_after=60)
         settings = admission.raised(decision, level)
-        request = Request(secrets.token_hex(12), caller, asked, decision, settings, level, user, steering)
         prompts = [str(each) for each in asked.prompts] or [str(asked.messages)]
         tokens = admission.tokens_at_most(prompts, asked.n, upstream.n_predict(asked, decision))
-        request.reservation = await self.limiter.reserve(admission.subjects(caller, decision), tokens)
-        return request
+        reservation = await self.limiter.reserve(admission.subjects(caller, decision), tokens)
+        identity = secrets.token_hex(12)
+        return Request(identity, caller, asked, decision, settings, level, user, steering, reservation)
 
     async def _watched(self, caller: Caller, asked: Asked, decision: Decision, user: str | None) -> Level:
         """What the watch makes of it: of several prompts, each is a request, and the highest level holds for all."""
@@ -223,8 +223,7 @@ class Gateway:
         """Charges a request and remembers it, however it ended."""
         applied = [single.applied for single in request.singles]
         n_tokens = sum(each.n_prompt + each.n_tokens for each in applied)
-        if request.reservation is not None:
-            await self.limiter.settle(request.reservation, n_tokens)
+        await self.limiter.settle(request.reservation, n_tokens)
         for each in applied:
             self.metrics.applied(each)
         await self.watch.finished(outcome(request))

@@ -122,7 +122,7 @@ async def _finish(gateway: Gateway, request: Request, route: Route, status: int,
 
 
 def _headers(request: Request) -> Mapping[str, str]:
-    limits = request.reservation.headers if request.reservation is not None else {}
+    limits = request.reservation.headers
     if request.decision.disclosure == "answer-only":  # what is left of tokens would tell how long the reasoning was
         limits = {name: value for name, value in limits.items() if not name.endswith("-tokens")}
     return {"x-request-id": request.id, **limits}

@@ -142,15 +142,6 @@ class Limiter:
             used = [_used(*pair, tokens_used) for pair in zip(claim.charges, reservation.capacities, strict=True)]
             await asyncio.shield(self._start(self._settle(claim, used)))
 
-    async def headers(self, subjects: Sequence[Subject]) -> Mapping[str, str]:
-        """The x-ratelimit-... headers as things stand, for a request that was refused, say."""
-        charges, capacities = _charges(subjects, 0)
-        try:
-            levels = await self._store.levels(charges)
-        except AdlocalError:
-            return {}
-        return rate_headers(charges, [level.taken for level in levels], capacities)
-
     async def _taken(self, claim: Claim) -> Taken:
         """Asks the store. If the request is cancelled meanwhile, nobody knows of the reservation: it is given back."""
         asking = self._start(self._store.reserve(claim, round(self._lease * 1e6)))
